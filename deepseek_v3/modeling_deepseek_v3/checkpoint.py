@@ -1,0 +1,294 @@
+"""Official checkpoint names and shapes, and loading and saving that keeps to them.
+
+On disk every expert is three tensors (`mlp.experts.7.gate_proj.weight` ...); in memory the experts of a layer are two.
+transformers' conversion mapping does that both ways. This module makes loading strict, reads FP8-block checkpoints on
+any device, and writes the MTP modules with the copies of embedding and head that official checkpoints have.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import GenerationConfig
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.modeling_utils import PreTrainedModel
+
+from ..configuration import DeepseekV3Config
+from .weight_files import TensorEntry, scan_folder
+
+FP8_SUFFIX = "_scale_inv"
+_HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+
+# Registered because transformers gives its own mapping for this model type to no class outside transformers.
+register_checkpoint_conversion_mapping(
+    "deepseek_v3",
+    [
+        WeightConverter(
+            source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+            target_patterns="mlp.experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(
+            source_patterns="mlp.experts.*.down_proj.weight",
+            target_patterns="mlp.experts.down_proj",
+            operations=[MergeModulelist(dim=0)],
+        ),
+    ],
+    overwrite=True,
+)
+
+
+def tensor_shapes(config: DeepseekV3Config, mtp: bool) -> dict[str, tuple[int, ...]]:
+    """Official name -> shape of every tensor a checkpoint of `config` must hold; without `lm_head`."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    query_dim = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    latent_dim = config.kv_lora_rank + config.qk_rope_head_dim
+    attention: dict[str, tuple[int, ...]] = {}
+    if config.q_lora_rank is None:
+        attention["q_proj.weight"] = (query_dim, hidden)
+    else:
+        attention["q_a_proj.weight"] = (config.q_lora_rank, hidden)
+        attention["q_a_layernorm.weight"] = (config.q_lora_rank,)
+        attention["q_b_proj.weight"] = (query_dim, config.q_lora_rank)
+    attention["kv_a_proj_with_mqa.weight"] = (latent_dim, hidden)
+    attention["kv_a_layernorm.weight"] = (config.kv_lora_rank,)
+    attention["kv_b_proj.weight"] = (heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank)
+    attention["o_proj.weight"] = (hidden, heads * config.v_head_dim)
+    if config.attention_bias:
+        for name in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"):
+            if f"{name}.weight" in attention:
+                attention[f"{name}.bias"] = attention[f"{name}.weight"][:1]
+
+    def mlp(prefix: str, size: int) -> dict[str, tuple[int, ...]]:
+        return {
+            f"{prefix}gate_proj.weight": (size, hidden),
+            f"{prefix}up_proj.weight": (size, hidden),
+            f"{prefix}down_proj.weight": (hidden, size),
+        }
+
+    moe: dict[str, tuple[int, ...]] = {
+        "gate.weight": (config.n_routed_experts, hidden),
+        "gate.e_score_correction_bias": (config.n_routed_experts,),
+        **mlp("shared_experts.", config.moe_intermediate_size * config.n_shared_experts),
+    }
+    for expert in range(config.n_routed_experts):
+        moe.update(mlp(f"experts.{expert}.", config.moe_intermediate_size))
+    dense = mlp("", config.intermediate_size)
+
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    depth = config.num_nextn_predict_layers if mtp else 0
+    for layer in range(config.num_hidden_layers + depth):
+        prefix = f"model.layers.{layer}."
+        shapes |= {f"{prefix}self_attn.{name}": shape for name, shape in attention.items()}
+        block = dense if layer < config.first_k_dense_replace else moe
+        shapes |= {f"{prefix}mlp.{name}": shape for name, shape in block.items()}
+        shapes |= {f"{prefix}{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+        if layer >= config.num_hidden_layers:
+            shapes |= {f"{prefix}{name}.weight": (hidden,) for name in ("enorm", "hnorm", "shared_head.norm")}
+            shapes[f"{prefix}eh_proj.weight"] = (hidden, 2 * hidden)
+    shapes["model.norm.weight"] = (hidden,)
+    return shapes
+
+
+def mtp_copies(config: DeepseekV3Config) -> dict[str, str]:
+    """Names under which official checkpoints repeat the embedding and the head in each MTP layer -> the original."""
+    copies: dict[str, str] = {}
+    for depth in range(config.num_nextn_predict_layers):
+        prefix = f"model.layers.{config.num_hidden_layers + depth}"
+        copies[f"{prefix}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        copies[f"{prefix}.shared_head.head.weight"] = "lm_head.weight"
+    return copies
+
+
+def _layer_of(name: str) -> int:
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdigit() else -1
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f", ... ({len(names)} in all)" if len(names) > 6 else "")
+
+
+def check_tensors(
+    entries: Mapping[str, TensorEntry], config: DeepseekV3Config, where: str, *, lm_head: bool, mtp: bool
+) -> None:
+    """Compare a checkpoint's headers with what `config` needs.
+
+    `lm_head`, `mtp`: whether the model to load has them; a checkpoint may hold more heads than the model uses.
+
+    Raises:
+        ValueError: counts and names missing and unexpected tensors, and those of another shape.
+    """
+    # a bare DeepseekV3Model is saved without the "model." prefix
+    bare = "embed_tokens.weight" in entries
+    found = {f"model.{name}" if bare else name: entry for name, entry in entries.items()}
+    expected = tensor_shapes(config, mtp)
+    for prefix in {name.split(".experts.")[0] for name in expected if ".experts." in name}:
+        if f"{prefix}.experts.gate_up_proj" in found:  # saved with save_original_format=False
+            expected = {name: shape for name, shape in expected.items() if not name.startswith(f"{prefix}.experts.")}
+            sizes = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+            expected[f"{prefix}.experts.gate_up_proj"] = (sizes[0], 2 * sizes[1], sizes[2])
+            expected[f"{prefix}.experts.down_proj"] = (sizes[0], sizes[2], sizes[1])
+    head = {"lm_head.weight": (config.vocab_size, config.hidden_size)}
+    if lm_head and not config.tie_word_embeddings:
+        expected |= head
+    known = {**expected, **head, "score.weight": None, "score.bias": None, **dict.fromkeys(mtp_copies(config))}
+
+    missing = [name for name in expected if name not in found]
+    unexpected, wrong = [], []
+    for name, entry in found.items():
+        if name.endswith(FP8_SUFFIX) and name.removesuffix(FP8_SUFFIX) in expected:
+            continue  # checked where it is read
+        if name not in known:
+            if mtp or _layer_of(name) < config.num_hidden_layers:
+                unexpected.append(name)
+        elif name in expected and entry.shape != expected[name]:
+            wrong.append(f"{name} is {list(entry.shape)} in {entry.file.name}, the configuration needs {list(expected[name])}")
+
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {_shorten(missing)}")
+        if all(_layer_of(name) >= config.num_hidden_layers for name in missing):
+            problems.append("only MTP layers are missing: pass num_nextn_predict_layers=0 to load without them")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected: {_shorten(unexpected)}")
+    if wrong:
+        problems.append(f"{len(wrong)} of another shape: {_shorten(wrong)}")
+    if problems:
+        raise ValueError(f"{where}: the tensors do not fit the configuration: {'; '.join(problems)}")
+
+
+class FP8BlockTensor:
+    """A lazily dequantized E4M3 weight with one fp32 scale per block (`weight * weight_scale_inv`); reads like a
+    safetensors slice. Edge blocks may be smaller than the block size."""
+
+    def __init__(self, entry: TensorEntry, name: str, scale: TensorEntry, block: tuple[int, int]) -> None:
+        self._entry, self._name, self._scale, self._block = entry, name, scale, block
+        grid = tuple(-(-size // step) for size, step in zip(entry.shape, block, strict=True))
+        if scale.shape != grid:
+            raise ValueError(
+                f"{scale.file}: {name}{FP8_SUFFIX} is {list(scale.shape)}, a weight of {list(entry.shape)} in blocks of "
+                f"{list(block)} needs {list(grid)}"
+            )
+
+    def get_shape(self) -> list[int]:
+        return list(self._entry.shape)
+
+    def get_dtype(self) -> str:
+        return "BF16"
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        weight = _open(self._entry.file).get_tensor(self._name).float()
+        scale = _open(self._scale.file).get_tensor(self._name + FP8_SUFFIX).float()
+        rows, columns = self._block
+        scale = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
+        return weight.mul_(scale).to(torch.bfloat16)[index]
+
+
+@cache
+def _open(file: Path) -> Any:
+    return safe_open(file, framework="pt")
+
+
+def _fp8_state_dict(entries: Mapping[str, TensorEntry], config: DeepseekV3Config, where: str) -> dict[str, Any]:
+    """Name -> lazily read tensor of an official FP8-block checkpoint."""
+    quantization = config.quantization_config
+    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    if not (isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+        raise ValueError(f"{where}: quantization_config.weight_block_size is {block!r}, allowed are two positive sizes")
+
+    def tensors() -> Iterator[tuple[str, Any]]:
+        for name, entry in entries.items():
+            if name.endswith(FP8_SUFFIX):
+                continue
+            scale = entries.get(name + FP8_SUFFIX)
+            if (entry.dtype == "F8_E4M3") != (scale is not None):
+                raise ValueError(f"{entry.file}: {name} is {entry.dtype} {'with' if scale else 'without'} {name}{FP8_SUFFIX}")
+            if scale is not None:
+                yield name, FP8BlockTensor(entry, name, scale, (block[0], block[1]))
+            else:
+                yield name, _open(entry.file).get_slice(name)
+
+    return dict(tensors())
+
+
+class CheckpointMixin(PreTrainedModel):
+    """Strict `from_pretrained`, and `save_pretrained` in the official layout."""
+
+    _has_lm_head = False
+    # what a checkpoint may hold beyond this model: copies in the MTP layers, heads and MTP layers it does not use
+    _keys_to_ignore_on_load_unexpected = [
+        r"layers\.\d+\.(embed_tokens|shared_head\.head)\.weight",
+        r"layers\.\d+\.(enorm|hnorm|eh_proj|shared_head|self_attn|mlp|input_layernorm|post_attention_layernorm)\.",
+        r"^lm_head\.",
+        r"^score\.",
+    ]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):  # type: ignore[override]
+        """Load a checkpoint of official layout (bf16, fp16, fp32 or FP8 blocks, sharded or not).
+
+        As `PreTrainedModel.from_pretrained`, except that the files are checked first and that a missing or unexpected
+        tensor is an error. FP8-block checkpoints are dequantized while they are read, on every device.
+
+        Raises:
+            ValueError: names the file, the tensor or the field, what was found and what is allowed.
+        """
+        arguments = dict(kwargs, config=config)
+        strict = pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None
+        folder = _local_folder(pretrained_model_name_or_path, kwargs) if strict else None
+        if folder is None or not (folder / "config.json").is_file():  # a state dict, GGUF, or a PEFT adapter
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **arguments)
+
+        if not isinstance(config, DeepseekV3Config):
+            config_source = folder if config is None else config
+            config_kwargs = {k: v for k, v in kwargs.items() if k in DeepseekV3Config.__dataclass_fields__}
+            config = DeepseekV3Config.from_pretrained(config_source, **config_kwargs)
+        entries = scan_folder(folder, kwargs.get("variant"))
+        quantization = getattr(config, "quantization_config", None) or {}
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        if method in (None, "fp8") and not kwargs.get("ignore_mismatched_sizes"):
+            mtp = cls._has_lm_head and config.num_nextn_predict_layers > 0
+            check_tensors(entries, config, str(folder), lm_head=cls._has_lm_head, mtp=mtp)
+        if method != "fp8":
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **arguments)
+        return cls._from_fp8(folder, entries, config, *model_args, **kwargs)
+
+    @classmethod
+    def _from_fp8(cls, folder: Path, entries: Mapping[str, TensorEntry], config: DeepseekV3Config, *model_args, **kwargs):
+        state_dict = _fp8_state_dict(entries, config, str(folder / "config.json"))
+        del config.quantization_config
+        kwargs = {k: v for k, v in kwargs.items() if k not in (*_HUB_ARGUMENTS, "subfolder", "variant", "use_safetensors")}
+        kwargs = {k: v for k, v in kwargs.items() if k not in DeepseekV3Config.__dataclass_fields__ or k == "dtype"}
+        model = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
+        loaded = model[0] if isinstance(model, tuple) else model
+        loaded.config.name_or_path = loaded.name_or_path = str(folder)
+        if loaded.can_generate() and (folder / "generation_config.json").is_file():
+            loaded.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
+
+    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):  # type: ignore[override]
+        """As `PreTrainedModel.save_pretrained`: official names, per-expert tensors, MTP layers and the fp32 bias."""
+        if self._has_lm_head and not getattr(self, "_hf_peft_config_loaded", False):
+            state_dict = dict(self.state_dict() if state_dict is None else state_dict)
+            for copy, original in mtp_copies(self.config).items():
+                source = state_dict.get(original, state_dict.get("model.embed_tokens.weight"))
+                if isinstance(source, torch.Tensor) and source.device.type != "meta":
+                    state_dict[copy] = source.clone()
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def _local_folder(name_or_path: Any, kwargs: Mapping[str, Any]) -> Path | None:
+    """The folder with the files: the given one, or the Hub repository's snapshot (downloaded if necessary)."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+        patterns = ["*.safetensors", "*.json"]
+        folder = Path(snapshot_download(str(name_or_path), allow_patterns=patterns, **hub))
+    subfolder = kwargs.get("subfolder")
+    return folder / subfolder if subfolder else folder

@@ -1,0 +1,103 @@
+"""The three training losses (paper 2.1.2, 2.2): cross-entropy, multi-token prediction, sequence-wise balance."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORE_INDEX = -100
+# fp32 logits of one chunk: 2^24 elements = 64 MiB, whatever the vocabulary and the number of tokens
+CHUNK_ELEMENTS = 2**24
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Forward computes the gradients of both inputs chunk by chunk, so the logits of a chunk live only once."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, row_weights, chunk_rows):
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            labels_ = labels[rows, None]
+            logits = F.linear(hidden[rows], weight).float()
+            log_normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            losses[rows] = (log_normaliser - logits.gather(1, labels_)).squeeze(1)
+            if not (needs_hidden or needs_weight):
+                continue
+            grad = logits.sub_(log_normaliser).exp_()
+            grad.scatter_add_(1, labels_, grad.new_full((1, 1), -1.0).expand_as(labels_))
+            grad = grad.mul_(row_weights[rows, None]).to(hidden.dtype)
+            if needs_hidden:
+                torch.mm(grad, weight, out=grad_hidden[rows])
+            if needs_weight:
+                grad_weight += torch.mm(grad.t(), hidden[rows])
+        ctx.grads = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        ctx.mark_non_differentiable(losses)
+        return (losses * row_weights).sum(), losses
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        grad_hidden, grad_weight = ctx.grads
+        ctx.grads = None
+        grad_hidden = None if grad_hidden is None else grad_hidden.mul_(grad_loss.to(grad_hidden.dtype))
+        grad_weight = None if grad_weight is None else grad_weight.mul_(grad_loss.to(grad_weight.dtype))
+        return grad_hidden, grad_weight, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, head: nn.Linear, labels: torch.Tensor, row_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted cross-entropy of `head(hidden)` without ever holding the logits of all rows.
+
+    `hidden [N, H]`, `labels [N]` int64 in `[0, V)`, `row_weights [N]` fp32 -> the differentiable sum of
+    `row_weights * nll` and the detached `nll [N]`, in nats, fp32. A head that is not a plain `nn.Linear` (adapter,
+    quantized, sharded, hooked) is called as a module, chunk by chunk, its logits recomputed in backward.
+    """
+    row_weights = row_weights.float()
+    chunk_rows = max(1, CHUNK_ELEMENTS // head.out_features)
+    if type(head) is nn.Linear and type(head.weight) is nn.Parameter and head.bias is None and not head._forward_hooks:
+        weight = head.weight
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        return _LinearCrossEntropy.apply(hidden, weight, labels, row_weights, chunk_rows)
+
+    def chunk_losses(hidden_, labels_):
+        return F.cross_entropy(head(hidden_).float(), labels_, reduction="none")
+
+    chunks = zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True)
+    losses = [checkpoint(chunk_losses, h, y, use_reentrant=False) for h, y in chunks]
+    nll = torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
+    return (nll * row_weights).sum(), nll.detach()
+
+
+def shift_left(x: torch.Tensor, steps: int, fill: int | float) -> torch.Tensor:
+    """`y[:, i] = x[:, i + steps]`, with `fill` where that is past the end. `x [B, S, ...]`."""
+    shifted = torch.full_like(x, fill)
+    if steps < x.shape[1]:
+        shifted[:, : x.shape[1] - steps] = x[:, steps:]
+    return shifted
+
+
+def sequence_balance_loss(
+    router_logits: torch.Tensor, top_k: int, token_mask: torch.Tensor | None, batch_size: int
+) -> torch.Tensor:
+    """Sequence-wise balance loss of one MoE layer without its coefficient (eq. 17-20), fp32 scalar.
+
+    Per sequence `sum_i f_i P_i`, where `f_i` is E/(K T) times how often expert i is among the K highest *unbiased*
+    scores and `P_i` the mean of the scores normalised to one per token; sequences are weighted by their real tokens.
+    `router_logits [B*S, E]`, `token_mask [B, S]` or None.
+    """
+    num_experts = router_logits.shape[-1]
+    scores = router_logits.sigmoid().view(batch_size, -1, num_experts)
+    mask = scores.new_ones(scores.shape[:2]) if token_mask is None else token_mask.to(scores.dtype)
+    tokens = mask.sum(dim=1)
+    chosen = torch.zeros_like(scores).scatter_(-1, scores.detach().topk(top_k, dim=-1)[1], 1.0)
+    weight = mask[..., None] / tokens.clamp(min=1)[:, None, None]
+    fraction = (chosen * weight).sum(dim=1) * (num_experts / top_k)
+    probability = (scores / scores.sum(dim=-1, keepdim=True) * weight).sum(dim=1)
+    per_sequence = (fraction * probability).sum(dim=-1)
+    return (per_sequence * tokens).sum() / tokens.sum().clamp(min=1)

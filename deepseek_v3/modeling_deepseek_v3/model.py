@@ -1,0 +1,199 @@
+"""The transformer: decoder layers of MLA and (from `first_k_dense_replace` on) DeepSeekMoE, paper 2.1."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple  # noqa: F401
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ..configuration import DeepseekV3Config
+from .attention import DeepseekV3Attention
+from .checkpoint import CheckpointMixin
+from .layers import DeepseekV3MLP, DeepseekV3RMSNorm
+from .moe import DeepseekV3Experts, DeepseekV3MoE, DeepseekV3TopkRouter
+from .rope import DeepseekV3RotaryEmbedding
+
+
+@dataclass
+class DeepseekV3ModelOutput(MoeModelOutputWithPast):
+    """`MoeModelOutputWithPast` plus `router_indices`: the experts chosen in each MoE layer, `[B*S, K]` int64."""
+
+    router_indices: tuple[torch.Tensor, ...] | None = None
+
+
+class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block. Returns a flat tuple so that gradient checkpointing of either kind carries the router's outputs."""
+
+    def __init__(self, config: DeepseekV3Config, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = DeepseekV3Attention(config, layer_idx)
+        dense = layer_idx < config.first_k_dense_replace
+        self.mlp = DeepseekV3MLP(config, config.intermediate_size) if dense else DeepseekV3MoE(config)
+        self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """`[B, S, H]` -> the same, router logits `[B*S, E]` and chosen experts `[B*S, K]` (both None in a dense layer)."""
+        attention_output, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attention_output
+        normed = self.post_attention_layernorm(hidden_states)
+        if isinstance(self.mlp, DeepseekV3MoE):
+            output, router_logits, router_indices = self.mlp(normed)
+            return hidden_states + output, router_logits, router_indices
+        return hidden_states + self.mlp(normed), None, None
+
+
+class DeepseekV3PreTrainedModel(CheckpointMixin, PreTrainedModel):
+    """What all heads share: initialisation, loading and saving, and what transformers needs to know of the model."""
+
+    config: DeepseekV3Config
+    config_class = DeepseekV3Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepseekV3DecoderLayer", "DeepseekV3MTPLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": DeepseekV3DecoderLayer, "attentions": DeepseekV3Attention}
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    def __init__(self, config: DeepseekV3Config, *args, **kwargs) -> None:
+        # A configuration of transformers' own class lacks our training fields.
+        if not isinstance(config, DeepseekV3Config):
+            config = DeepseekV3Config.from_dict(config.to_dict())
+        super().__init__(config, *args, **kwargs)
+
+    # transformers decides both by searching the source of the module that holds the class.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or "deepseek_v3")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DeepseekV3TopkRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, DeepseekV3Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+
+
+class DeepseekV3Model(DeepseekV3PreTrainedModel):
+    """Embedding, decoder layers, final norm. A causal language model appends its MTP layers to `layers`."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__(config)
+        config = self.config
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(DeepseekV3DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DeepseekV3RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs,
+    ) -> DeepseekV3ModelOutput:
+        """`input_ids` or `inputs_embeds` `[B, S(, H)]` -> final-normed hidden states `[B, S, H]`.
+
+        `position_ids` that restart at 0 within a row declare packed documents, which then do not attend to each other.
+        `output_router_logits=True` returns `router_logits` and `router_indices` of every MoE layer.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        mask_position_ids = position_ids
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=mask_position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+
+        hidden_states = inputs_embeds
+        router_logits: tuple[torch.Tensor, ...] = ()
+        router_indices: tuple[torch.Tensor, ...] = ()
+        counting = self.training and torch.is_grad_enabled()
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states, logits, indices = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            if indices is None:
+                continue
+            if counting:  # here, outside the checkpointed layer, so that recomputation does not count again
+                layer.mlp.gate.count_load(indices, real_tokens(attention_mask))
+            if output_router_logits:
+                router_logits, router_indices = (*router_logits, logits), (*router_indices, indices)
+
+        return DeepseekV3ModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            router_logits=router_logits if output_router_logits else None,
+            router_indices=router_indices if output_router_logits else None,
+        )
+
+
+def real_tokens(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The padding mask `[B, S]` flattened to `[B*S]` bool; None where nothing is known to be padding."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return attention_mask.flatten().bool()

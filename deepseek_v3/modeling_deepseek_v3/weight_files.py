@@ -1,0 +1,154 @@
+"""A folder of safetensors files, checked before a byte of a tensor is read.
+
+Nothing here executes or unpickles what it reads, memory is bounded by the headers, and every error names the file.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+INDEX_NAME = "model.safetensors.index.json"
+WEIGHTS_NAME = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+# bytes per element; the subset of safetensors' types that a checkpoint of this architecture can hold
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+
+
+class TensorEntry(NamedTuple):
+    """Where a tensor lies and what its header says of it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)!r}")
+    return result
+
+
+def read_json(path: Path) -> object:
+    """Parse a JSON file without duplicate keys; `ValueError` names the file."""
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file; `ValueError` if its header and its size do not describe a whole file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little") if size >= 8 else 0
+        if size < 8 or header_bytes > min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(
+                f"{path}: not a whole safetensors file: {size} bytes with a header of {header_bytes} bytes "
+                f"(at most {MAX_HEADER_BYTES}, and within the file)"
+            )
+        raw = file.read(header_bytes)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (RecursionError, ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: the safetensors header is not valid JSON ({type(error).__name__}: {error})") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the safetensors header is a {type(header).__name__}, not an object")
+
+    entries: dict[str, TensorEntry] = {}
+    spans: list[tuple[int, int, str]] = []
+    data_bytes = size - 8 - header_bytes
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        entry, (start, stop) = _entry(path, name, info, data_bytes)
+        entries[name] = entry
+        spans.append((start, stop, name))
+    position = 0
+    for start, stop, name in sorted(spans):
+        if start != position:
+            raise ValueError(f"{path}: {name}: data starts at byte {start}, but the tensors before it end at {position}")
+        position = stop
+    if position != data_bytes:
+        raise ValueError(f"{path}: holds {data_bytes} bytes of data, its header describes {position}")
+    return entries
+
+
+def _entry(path: Path, name: str, info: object, data_bytes: int) -> tuple[TensorEntry, tuple[int, int]]:
+    def fail(problem: str) -> ValueError:
+        return ValueError(f"{path}: {name}: {problem}")
+
+    if not isinstance(info, dict):
+        raise fail(f"header entry is {info!r}, not an object")
+    dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
+    if dtype not in DTYPE_BYTES:
+        raise fail(f"dtype is {dtype!r}, allowed are {', '.join(DTYPE_BYTES)}")
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**40 for n in shape) or len(shape) > 8:
+        raise fail(f"shape is {shape!r}, not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
+        raise fail(f"data_offsets are {offsets!r}, not two positions")
+    start, stop = offsets
+    if not 0 <= start <= stop <= data_bytes:
+        raise fail(f"data_offsets {start}..{stop} lie outside the file's {data_bytes} bytes of data (truncated file?)")
+    expected = DTYPE_BYTES[dtype]
+    for n in shape:
+        expected *= n
+    if stop - start != expected:
+        raise fail(f"{stop - start} bytes of data, but shape {shape} of {dtype} needs {expected}")
+    return TensorEntry(path, dtype, tuple(shape)), (start, stop)
+
+
+def _inside(folder: Path, file: Path) -> bool:
+    """Whether `file` really lies in `folder`; a Hub cache's snapshots are links into the `blobs` beside them."""
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        roots.append((folder.parent.parent / "blobs").resolve())
+    return any(file.resolve().is_relative_to(root) for root in roots)
+
+
+def scan_folder(folder: Path, variant: str | None = None) -> dict[str, TensorEntry]:
+    """All tensors of a checkpoint folder, sharded or not.
+
+    Raises:
+        ValueError: no safetensors weights, an index that is malformed, names a file outside the folder, misses a file
+            or a tensor, or a file that is not whole.
+    """
+    middle = f".{variant}" if variant else ""
+    single = folder / WEIGHTS_NAME.replace(".safetensors", f"{middle}.safetensors")
+    index = folder / INDEX_NAME.replace(".index", f"{middle}.index")
+    if not index.exists():
+        if single.exists():
+            if not _inside(folder, single):
+                raise ValueError(f"{single}: links to {single.resolve()}, outside the model folder")
+            return read_header(single)
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        found = f"found {', '.join(pickles)}, but only safetensors are read" if pickles else "no weights found"
+        raise ValueError(f"{folder}: {found}; expected {single.name} or {index.name}")
+
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map is {type(weight_map).__name__}, not a map of tensor to file")
+    files: dict[str, Path] = {}
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or not file_name.endswith(".safetensors"):
+            raise ValueError(f"{index}: weight_map[{name!r}] = {file_name!r} is not the name of a safetensors file")
+        if file_name in files:
+            continue
+        file = folder / file_name
+        if Path(file_name).is_absolute() or ".." in Path(file_name).parts or not _inside(folder, file):
+            raise ValueError(f"{index}: weight_map[{name!r}] = {file_name!r} leaves the model folder")
+        if not file.is_file():
+            raise ValueError(f"{index}: weight_map[{name!r}] = {file_name!r}, but {folder} has no such file")
+        files[file_name] = file
+    entries: dict[str, TensorEntry] = {}
+    for file in files.values():
+        entries.update(read_header(file))
+    absent = [name for name, file_name in weight_map.items() if entries.get(name, (None,))[0] != files[file_name]]
+    if absent:
+        name = absent[0]
+        raise ValueError(f"{files[weight_map[name]]}: has no tensor {name}, though {index.name} says so ({len(absent)} such)")
+    return entries
