@@ -7,6 +7,26 @@ from transformers.activations import ACT2FN
 from ..configuration import DeepseekV3Config
 
 
+class _RMSNorm(torch.autograd.Function):
+    """`weight * x / rms(x)` in fp32; keeps the input and one fp32 scalar per row for backward, no fp32 copies."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        x32 = x.float()
+        scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (x32 * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        x, weight, scale = ctx.saved_tensors
+        grad32, normed = grad.float(), x.float().mul_(scale)
+        grad_weight = (grad32 * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad32 = grad32 * weight.float()
+        projection = (grad32 * normed).mean(-1, keepdim=True)
+        return grad32.addcmul_(normed, projection, value=-1).mul_(scale).to(x.dtype), grad_weight, None
+
+
 class DeepseekV3RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed in fp32, returned in the input's dtype."""
 
@@ -16,10 +36,7 @@ class DeepseekV3RMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = hidden_states.dtype
-        hidden_states = hidden_states.float()
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon)).to(dtype)
+        return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"

@@ -95,13 +95,13 @@ class _Combine(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(rows, weights, token_of, slot_of)
         chosen = rows.index_select(0, slot_of.flatten()).view(*slot_of.shape, -1)
-        return torch.einsum("tkh,tk->th", chosen.to(weights.dtype), weights).to(rows.dtype)
+        return torch.bmm(weights.unsqueeze(1), chosen.to(weights.dtype)).squeeze(1).to(rows.dtype)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         rows, weights, token_of, slot_of = ctx.saved_tensors
         chosen = rows.index_select(0, slot_of.flatten()).view(*slot_of.shape, -1)
-        grad_weights = torch.einsum("tkh,th->tk", chosen.to(weights.dtype), grad.to(weights.dtype))
+        grad_weights = torch.bmm(chosen.to(weights.dtype), grad.to(weights.dtype).unsqueeze(2)).squeeze(2)
         weight_of = weights.new_zeros(rows.shape[0], 1).index_copy_(0, slot_of.flatten(), weights.reshape(-1, 1))
         padded = torch.cat((grad, grad.new_zeros(1, grad.shape[1])))
         return padded.index_select(0, token_of) * weight_of.to(grad.dtype), grad_weights, None, None

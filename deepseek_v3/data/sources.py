@@ -1,0 +1,194 @@
+"""Where documents come from: the Python standard library, files on disk, or the `datasets` library.
+
+Each reader returns documents in a deterministic order, with names that do not depend on where the corpus lies on the
+machine: the split hashes names, so moving a folder must not move a document from training to held-out.
+"""
+
+import glob
+import gzip
+import json
+import lzma
+import sysconfig
+import tokenize
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+DATASETS_PREFIX = "datasets:"
+
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# Marks of generated files under encodings/: 1.3 MB of "\x80 -> EURO SIGN" tables, and two dozen copies of one template
+# that would fall on both sides of the split.
+_GENERATED_CODEC_MARKS = ("decoding_table = (", "decoding_map", "getcodec(")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text with its identity.
+
+    Attributes:
+        name: relative path, ``path:line`` for a JSON Lines record, or ``group#part`` for parts that overlap and must
+            stay on the same side of the train/held-out split.
+        text: the text, decoded.
+    """
+
+    name: str
+    text: str
+
+
+def read_stdlib() -> list[Document]:
+    """The embedded default: the sources and the language reference of the running Python (about 10 MB, PSF-2.0).
+
+    Docstrings are not added as documents of their own: they are inside the sources already, and a second copy could
+    put the docstring of a held-out module into the training split. The topics of the language reference quote each
+    other, so they form one group of the split. Left out: tests, installed packages, generated codecs, and build
+    records (``config-*``, ``_sysconfigdata*``), which would make the text depend on the machine.
+
+    Raises:
+        ValueError: this Python keeps no readable library sources (zipped or frozen builds).
+    """
+    from pydoc_data.topics import topics
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents = [Document(f"pydoc_data/topics#{topic}", text) for topic, text in sorted(topics.items())]
+    sources = [Document(name, _read_python(path)) for name, path in _stdlib_files(root)]
+    if not sources:
+        raise ValueError(f"source 'stdlib': no .py files under {root}; is this Python's library zipped?")
+    return documents + [doc for doc in sources if not _is_generated_codec(doc)]
+
+
+def read_files(source: str, text_field: str) -> list[Document]:
+    """Read a text file, a JSON Lines file, a folder (recursively, `TEXT_SUFFIXES`) or a glob (any suffix).
+
+    A trailing ``.gz`` or ``.xz`` is decompressed. A text file is one document; each line of a ``.jsonl`` file is one.
+
+    Raises:
+        ValueError: nothing found, a file that is not UTF-8 (with the byte offset), a line that is not a JSON object
+            with the string field `text_field` (as ``file:line``).
+    """
+    root, paths = _find_files(source)
+    return [doc for path in paths for doc in _read_file(path, path.relative_to(root).as_posix(), text_field)]
+
+
+def read_datasets(source: str, text_field: str) -> tuple[list[Document], str | None]:
+    """Read ``datasets:NAME[:CONFIG[:SPLIT]]`` with the `datasets` library; the split defaults to ``train``.
+
+    NAME is what `datasets.load_dataset` takes (a Hub name or a local folder), or a folder written by `save_to_disk`.
+
+    Returns:
+        The documents, named ``NAME[:CONFIG]:SPLIT:ROW``, and the licence recorded in the dataset, if any.
+
+    Raises:
+        ValueError: malformed source, `datasets` not installed, unknown split or column, or a row without text.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"source {source!r} needs the datasets library: pip install datasets") from error
+
+    name, *rest = source.removeprefix(DATASETS_PREFIX).split(":")
+    if not name or len(rest) > 2:
+        raise ValueError(f"source {source!r}: expected {DATASETS_PREFIX}NAME[:CONFIG[:SPLIT]]")
+    config, split = (rest + ["", ""])[:2]
+    split = split or "train"
+    if (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+        loaded = datasets.load_from_disk(name)
+        if isinstance(loaded, datasets.DatasetDict):
+            if split not in loaded:
+                raise ValueError(f"source {source!r}: split {split!r} not found; it has {sorted(loaded)}")
+            loaded = loaded[split]
+    else:
+        loaded = datasets.load_dataset(name, config or None, split=split)
+    if text_field not in loaded.column_names:
+        raise ValueError(f"source {source!r}: column {text_field!r} not found; it has {loaded.column_names}")
+    prefix = ":".join(part for part in (name, config, split) if part)
+    documents = []
+    for row, text in enumerate(loaded[text_field]):
+        if not isinstance(text, str):
+            raise ValueError(f"source {source!r}: row {row}, column {text_field!r}: expected text, found {text!r:.60}")
+        documents.append(Document(f"{prefix}:{row}", text))
+    return documents, loaded.info.license or None
+
+
+def _stdlib_files(root: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
+        folders = path.relative_to(root).parts[:-1]
+        if _SKIPPED_FOLDERS.intersection(folders) or any(folder.startswith("config-") for folder in folders):
+            continue
+        name = path.relative_to(root).as_posix()
+        if not path.name.startswith("_sysconfigdata") and name != "pydoc_data/topics.py":
+            yield name, path
+
+
+def _read_python(path: Path) -> str:
+    with tokenize.open(path) as file:  # honours the source's own coding line
+        return file.read()
+
+
+def _is_generated_codec(doc: Document) -> bool:
+    return doc.name.startswith("encodings/") and any(mark in doc.text for mark in _GENERATED_CODEC_MARKS)
+
+
+def _find_files(source: str) -> tuple[Path, list[Path]]:
+    """The files of a path or glob, sorted, and the folder their names are relative to."""
+    path = Path(source)
+    if path.is_file():
+        return path.parent, [path]
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if p.is_file() and _plain_suffix(p) in TEXT_SUFFIXES]
+        if not found:
+            endings = ", ".join(TEXT_SUFFIXES)
+            raise ValueError(f"{source}: no file in this folder ends in {endings} (plain, .gz or .xz); try a glob")
+        return path, sorted(found, key=lambda p: p.relative_to(path).as_posix())
+    if glob.has_magic(source):
+        found = [Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file()]
+        if not found:
+            raise ValueError(f"{source}: the pattern matches no file")
+        fixed = []
+        for part in path.parts:
+            if glob.has_magic(part):
+                break
+            fixed.append(part)
+        return Path(*fixed), sorted(found, key=lambda p: p.as_posix())
+    raise ValueError(
+        f"{source}: no such file or folder (other sources: 'stdlib', a glob, or '{DATASETS_PREFIX}NAME:CONFIG:SPLIT')"
+    )
+
+
+def _plain_suffix(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix in _OPENERS else path.suffix
+
+
+def _read_file(path: Path, name: str, text_field: str) -> Iterator[Document]:
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
+            data = file.read()
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = data[error.start]
+        raise ValueError(f"{path}: not UTF-8: byte 0x{found:02x} at byte offset {error.start}") from error
+    if _plain_suffix(path) != ".jsonl":
+        yield Document(name, text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut at U+2028 inside a string
+        if line.strip():
+            yield Document(f"{name}:{number}", _json_text(line, f"{path}:{number}", text_field))
+
+
+def _json_text(line: str, where: str, text_field: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(record, dict) or text_field not in record:
+        found = sorted(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{where}: field {text_field!r} not found; found {found}")
+    if not isinstance(record[text_field], str):
+        raise ValueError(f"{where}: field {text_field!r} must be a string, found {type(record[text_field]).__name__}")
+    return record[text_field]
