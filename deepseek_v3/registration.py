@@ -37,7 +37,9 @@ def _enter(module: ModuleType) -> None:
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Calls `_enter` right after one of the Auto modules has been imported."""
 
-    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Any, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name not in _MAPPINGS:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)

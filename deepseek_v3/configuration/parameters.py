@@ -76,15 +76,17 @@ def num_parameters(config: DeepseekV3Config) -> ParameterCount:
 
     dense_layers = min(config.first_k_dense_replace, config.num_hidden_layers)
     moe_layers = config.num_hidden_layers - dense_layers
-    mtp_layers = config.num_nextn_predict_layers
+    mtp_layers = config.num_nextn_predict_layers  # each with eh_proj, enorm, hnorm and shared_head.norm on top
+    mtp_dense = min(max(config.first_k_dense_replace - config.num_hidden_layers, 0), mtp_layers)
+    mtp_moe = mtp_layers - mtp_dense
     table = config.vocab_size * hidden
     head = 0 if config.tie_word_embeddings else table
 
     return ParameterCount(
         total=table + dense_layers * dense_layer + moe_layers * moe_layer + hidden + head,
         activated=dense_layers * dense_layer + moe_layers * moe_layer_active + hidden + table,
-        mtp=mtp_layers * (moe_layer + 2 * hidden * hidden + 3 * hidden),  # eh_proj; enorm, hnorm, shared_head.norm
+        mtp=mtp_dense * dense_layer + mtp_moe * moe_layer + mtp_layers * (2 * hidden * hidden + 3 * hidden),
         embedding=table,
         head=head,
-        routing_bias=(moe_layers + mtp_layers) * config.n_routed_experts,
+        routing_bias=(moe_layers + mtp_moe) * config.n_routed_experts,
     )

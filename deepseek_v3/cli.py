@@ -1,0 +1,142 @@
+"""The `deepseek-v3` command: parses, calls the rooms, prints. Rooms are imported by the command that needs them."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="deepseek-v3", description="Pretrain, run and inspect models of the DeepSeek-V3 architecture."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    pretrain = commands.add_parser(
+        "pretrain",
+        help="pretrain a model (without a recipe: the quick start)",
+        description="Train a tokenizer and a model from scratch. The same command goes on with an interrupted run.",
+    )
+    pretrain.add_argument("recipe", nargs="?", help="a YAML recipe; default: the embedded quick start")
+    pretrain.add_argument("--data", help="text files, a folder, a .jsonl, datasets:NAME, or stdlib")
+    pretrain.add_argument("--heldout", help="held-out text, in the same forms; default: a hashed split of --data")
+    pretrain.add_argument("--preset", help="model: tiny, small, moonlight-16b-a3b, deepseek-v3-671b")
+    pretrain.add_argument("--output-dir", help="where the run goes (default: outputs/quickstart)")
+    pretrain.add_argument("--steps", type=int, help="optimizer steps")
+    pretrain.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="any other field of the recipe, as YAML"
+    )
+    pretrain.add_argument("--restart", action="store_true", help="forget what --output-dir holds of this run")
+    pretrain.set_defaults(run=_pretrain)
+
+    generate = commands.add_parser(
+        "generate", help="continue a prompt", description="Continue PROMPT with a checkpoint."
+    )
+    generate.add_argument("checkpoint", help="a folder or a Hub repository")
+    generate.add_argument("prompt")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--drafts", type=int, default=1, help="MTP drafts per step; 0 decodes without MTP")
+    generate.add_argument("--chat", action="store_true", help="wrap the prompt as a user turn of the chat template")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(run=_generate)
+    return parser
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    import yaml
+
+    from .hub import write_pretraining_card
+    from .training import QUICKSTART, Recipe, pretrain
+
+    overrides: dict[str, Any] = {}
+    for item in args.set:
+        name, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"--set {item!r}: expected FIELD=VALUE")
+        overrides[name] = yaml.safe_load(value)
+    for name in ("data", "heldout", "preset", "output_dir", "steps"):
+        if getattr(args, name) is not None:
+            overrides[name] = getattr(args, name)
+    recipe = Recipe.load(args.recipe or QUICKSTART, **overrides)
+    record = pretrain(recipe, restart=args.restart)
+    if not record:  # not the main process
+        return 0
+    model = Path(recipe.output_dir) / "model"
+    write_pretraining_card(model, record)
+    _report(record, recipe.output_dir)
+    return 0
+
+
+def _report(record: dict[str, Any], output_dir: str) -> None:
+    print(f"\nheld-out bits per byte ({record['corpus']['heldout_bytes']:,} bytes, lower is better)")
+    results = {"this model": record["heldout_bits_per_byte"], **record["baselines_bits_per_byte"]}
+    names = {"dense": "dense, equal compute", "gzip": "gzip -9"}
+    for name, value in sorted(results.items(), key=lambda item: item[1]):
+        print(f"  {names.get(name, name):<22}{value:.3f}")
+    load = record["load"]
+    if load["max_violation_first"] is not None:
+        print(f"expert load: MaxVio {load['max_violation_first']:.2f} -> {load['max_violation_last']:.2f}", end=", ")
+        print(f"{load['dead_experts_last']:.0%} of the experts unused in the last steps")
+    if record["mtp"]:
+        mtp = record["mtp"]
+        print(f"MTP: {mtp['acceptance']:.1%} of {mtp['drafts']} drafts accepted, ", end="")
+        print(f"{mtp['tokens_per_forward']:.2f} tokens per forward pass")
+    print(
+        f"{record['train_seconds']:.0f} s of training. In {output_dir}: model/, metrics.jsonl, loss.png, load.png, samples.txt"
+    )
+    print(f'try: deepseek-v3 generate {output_dir}/model "def main("')
+
+
+def _generate(args: argparse.Namespace) -> int:
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from . import DeepseekV3ForCausalLM
+
+    logging.disable_progress_bar()
+    model = DeepseekV3ForCausalLM.from_pretrained(args.checkpoint).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    if args.chat:
+        turn = [{"role": "user", "content": args.prompt}]
+        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    else:
+        inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
+    torch.manual_seed(args.seed)
+    options: dict[str, Any] = {"do_sample": args.temperature > 0, "max_new_tokens": args.max_new_tokens}
+    if args.temperature > 0:
+        options |= {"temperature": args.temperature, "top_p": args.top_p}
+    drafts = args.drafts if model.config.num_nextn_predict_layers else 0
+    if drafts:
+        options |= {"use_mtp": True, "num_mtp_draft": drafts}
+    output = model.generate(**inputs.to(model.device), **options, return_dict_in_generate=True)
+    print(tokenizer.decode(output.sequences[0], skip_special_tokens=True))
+    if drafts:
+        accepted = ", ".join(f"{share:.0%}" for share in output.mtp_stats.acceptance)
+        print(f"[MTP: {accepted} of the drafts accepted by position]", file=sys.stderr)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 1 error (message on stderr), 75 interrupted and saved."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except InterruptedError as error:
+        print(f"{error}\nthe same command goes on from there", file=sys.stderr)
+        return 75
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"deepseek-v3: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

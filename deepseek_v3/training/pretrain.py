@@ -1,0 +1,347 @@
+"""The main job: corpus, tokenizer, model, training with resumption, evaluation beside baselines, one record of it all."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+
+from ..configuration import DeepseekV3Config, num_parameters
+from ..data import Corpus, PackedDataset, load_corpus, pack_documents, tokenize_documents
+from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
+from ..tokenization import DeepseekV3Tokenizer, check_vocab, train_tokenizer
+from .balance import routers
+from .checkpoint import load_optimizer_state, newest_state, save_state
+from .compare import baselines, dense_twin, training_flops
+from .evaluation import heldout_bits_per_byte, mtp_acceptance, write_samples
+from .loop import StepResult, fit
+from .monitor import Monitor, plot_load, plot_loss, read_metrics, say
+from .optimizer import MasterAdamW
+from .recipe import Recipe
+
+RECORD = "run.json"
+# A prompt of the held-out text for samples and MTP acceptance, in characters.
+PROMPT_CHARS = 400
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A corpus, its tokenizer, and both packed."""
+
+    corpus: Corpus
+    tokenizer: DeepseekV3Tokenizer
+    train: PackedDataset
+    heldout: PackedDataset
+    train_tokens: list
+    heldout_tokens: list
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.corpus.train_bytes / (len(self.train.stream) - len(self.train.document_starts))
+
+
+def pretrain(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Run `recipe`, or go on with it, and return the run's record (also in `output_dir/run.json`).
+
+    Leaves in `output_dir`: `model/` (checkpoint and tokenizer), `metrics.jsonl`, `loss.png`, `load.png`,
+    `samples.txt`, `run.json`; while running, `checkpoints/step-N/`. Ctrl-C and SIGTERM save after the current step;
+    the same recipe then continues from there, bit for bit. A finished run is not repeated unless `restart`.
+
+    Raises:
+        ValueError: the recipe, the data or a saved state is not usable; names the field or the file.
+        InterruptedError: stopped by a signal, after saving.
+    """
+    output = Path(recipe.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator()
+    main = accelerator.is_main_process
+    with _locked(output) if main else contextmanager(lambda: iter([None]))():
+        if restart and main:
+            _clear(output)
+        accelerator.wait_for_everyone()
+        record = _read_record(output, recipe)
+        if record.get("finished"):
+            say(f"{output}: this run is finished ({record['steps']} steps); --restart trains it again")
+            return record
+        data = _prepare_data(recipe, output, main)
+        accelerator.wait_for_everyone()
+        return _run(recipe, output, data, accelerator)
+
+
+def _run(recipe: Recipe, output: Path, data: TextData, accelerator: Accelerator) -> dict[str, Any]:
+    main = accelerator.is_main_process
+    dtype = _resolve_dtype(recipe, accelerator.device)
+    tokenizer = data.tokenizer
+    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    config = recipe.config(**special, eos_token_id=tokenizer.eos_token_id)
+    check_vocab(tokenizer, config.vocab_size)
+
+    states = output / "checkpoints"
+    found = newest_state(states, say if main else lambda _: None)
+    if found is None:
+        torch.manual_seed(recipe.seed)
+        model, start = DeepseekV3ForCausalLM(config).to(dtype), 0
+    else:
+        model = DeepseekV3ForCausalLM.from_pretrained(found[0] / "model", dtype=dtype)
+        start = found[1]["step"]
+        _check_same(found[1]["record"], data.corpus, recipe, found[0])
+    model.to(accelerator.device)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = MasterAdamW(model.parameters(), recipe)
+    if found is not None:
+        optimizer.load_state_dict(load_optimizer_state(found[0]))
+        say(f"continuing at step {start} from {found[0]}")
+
+    count = num_parameters(config)
+    say(
+        f"{config.num_hidden_layers} layers, {config.n_routed_experts} experts, {count.total / 1e6:.1f}M parameters "
+        f"({count.activated / 1e6:.1f}M per token) + {count.mtp / 1e6:.1f}M for MTP, {dtype}".replace("torch.", "")
+    )
+    monitor = Monitor(
+        output / "metrics.jsonl" if main else None, recipe.steps, start, recipe.log_every, data.bytes_per_token, "step"
+    )
+    recent: list[torch.Tensor] = []
+    provenance = {"recipe": _fixed(recipe), "corpus_sha256": data.corpus.sha256}
+
+    def save_model(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def save(step: int) -> None:
+        if main:
+            save_state(states, step, save_model, optimizer.state_dict(), provenance, recipe.keep_checkpoints)
+        accelerator.wait_for_everyone()
+
+    with _stop_signals() as stop:
+
+        def on_step(result: StepResult) -> bool:
+            step = result.step + 1
+            monitor.update(result)
+            recent.append(result.counts)
+            del recent[: -max(50, recipe.steps // 10)]
+            if step % recipe.eval_every == 0 and step < recipe.steps:
+                part = heldout_bits_per_byte(model, data.heldout, data.corpus.heldout_bytes, max_rows=64)
+                monitor.note(heldout_part_bits_per_byte=part)
+            if step < recipe.steps and (stop or step % recipe.save_every == 0):
+                save(step)
+            return bool(stop)
+
+        done = fit(model, optimizer, data.train, recipe, accelerator, on_step, start)
+    monitor.close()
+    if done < recipe.steps:
+        raise InterruptedError(f"stopped at step {done} of {recipe.steps}, saved in {states / f'step-{done}'}")
+    save(done)
+    if not main:
+        return {}
+    return _finish(recipe, output, data, model, monitor, recent)
+
+
+def _finish(
+    recipe: Recipe, output: Path, data: TextData, model: DeepseekV3ForCausalLM, monitor: Monitor, recent: list
+) -> dict[str, Any]:
+    """Evaluate, compare, write everything but the card."""
+    corpus, config = data.corpus, model.config
+    say("evaluating on held-out text")
+    bits = heldout_bits_per_byte(model, data.heldout, corpus.heldout_bytes)
+    monitor.note(heldout_bits_per_byte=bits)
+    prompts = [document.text[:PROMPT_CHARS] for document in corpus.heldout]
+    acceptance = mtp_acceptance(model, data.tokenizer, prompts[:32]) if config.num_nextn_predict_layers else None
+    (output / "samples.txt").write_text(write_samples(model, data.tokenizer, [p[:120] for p in prompts[:4]]))
+    references = {}
+    if recipe.compare:
+        references = baselines(corpus, data.train_tokens, data.heldout_tokens, config.vocab_size)
+        say("training a dense model of equal compute")
+        references["dense"] = _train_dense(recipe, config, data, model.dtype)
+
+    rows = [row for row in read_metrics(output / "metrics.jsonl") if "ce_loss" in row]
+    names = [name.split(".mlp")[0].removeprefix("model.") for name in routers(model)]
+    plot_loss(output / "loss.png", read_metrics(output / "metrics.jsonl"), references)
+    counts = torch.stack(recent).sum(0) if recent else torch.zeros(0, 0)
+    if counts.numel():
+        plot_load(output / "load.png", rows, counts, names)
+    parameters = num_parameters(config)
+    record = {
+        "finished": True,
+        "recipe": dataclasses.asdict(recipe),
+        "steps": recipe.steps,
+        "tokens": rows[-1]["tokens"],
+        "train_seconds": round(rows[-1]["seconds"], 1),
+        "train_flops": training_flops(config, recipe.sequence_length) * rows[-1]["tokens"],
+        "parameters": {"total": parameters.total, "activated": parameters.activated, "mtp": parameters.mtp},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "corpus": {
+            "name": corpus.name,
+            "licence": corpus.licence,
+            "sha256": corpus.sha256,
+            "train_documents": len(corpus.train),
+            "train_bytes": corpus.train_bytes,
+            "heldout_documents": len(corpus.heldout),
+            "heldout_bytes": corpus.heldout_bytes,
+        },
+        "heldout_bits_per_byte": bits,
+        "baselines_bits_per_byte": references,
+        "mtp": acceptance,
+        "load": {
+            "max_violation_first": rows[0].get("max_violation"),
+            "max_violation_last": rows[-1].get("max_violation"),
+            "dead_experts_last": float((counts == 0).double().mean()) if counts.numel() else None,
+        },
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": str(model.device),
+            "threads": torch.get_num_threads(),
+        },
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    final = output / "model"
+    temporary = output / f".model.tmp-{os.getpid()}"
+    model.save_pretrained(temporary)
+    data.tokenizer.save_pretrained(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    (output / RECORD).write_text(json.dumps(record, indent=2))
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    return record
+
+
+def _train_dense(recipe: Recipe, config: DeepseekV3Config, data: TextData, dtype: torch.dtype) -> float:
+    """Held-out bits per byte of the dense twin: same tokens in the same order, same schedule, same FLOPs per token."""
+    torch.manual_seed(recipe.seed)
+    accelerator = Accelerator()
+    model = DeepseekV3ForCausalLM(dense_twin(config)).to(accelerator.device, dtype)
+    optimizer = MasterAdamW(model.parameters(), recipe)
+    every = max(recipe.log_every, recipe.steps // 10)
+    monitor = Monitor(None, recipe.steps, 0, every, data.bytes_per_token, "dense")
+    with _stop_signals() as stop:
+
+        def on_step(result: StepResult) -> bool:
+            monitor.update(result)
+            return bool(stop)
+
+        done = fit(model, optimizer, data.train, recipe, accelerator, on_step)
+    monitor.close()
+    if done < recipe.steps:
+        raise InterruptedError("stopped while training the dense model; the trained model's state is saved")
+    return heldout_bits_per_byte(model, data.heldout, data.corpus.heldout_bytes)
+
+
+def _prepare_data(recipe: Recipe, output: Path, main: bool) -> TextData:
+    corpus = load_corpus(
+        recipe.data, heldout=recipe.heldout, text_field=recipe.text_field, heldout_fraction=recipe.heldout_fraction
+    )
+    say(
+        f"{corpus.name}: {len(corpus.train)} documents, {corpus.train_bytes / 1e6:.2f} MB to train on; "
+        f"{len(corpus.heldout)} documents, {corpus.heldout_bytes / 1e6:.2f} MB held out"
+    )
+    folder = Path(recipe.tokenizer) if recipe.tokenizer else output / "tokenizer"
+    if not recipe.tokenizer and not folder.exists() and main:
+        vocab_size = recipe.config().vocab_size
+        say(f"training a byte-level BPE of {vocab_size} tokens")
+        tokenizer = train_tokenizer((d.text for d in corpus.train), vocab_size)
+        temporary = output / f".tokenizer.tmp-{os.getpid()}"
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(folder)
+    tokenizer = DeepseekV3Tokenizer.from_pretrained(folder)
+    train_tokens = list(tokenize_documents((d.text for d in corpus.train), tokenizer))
+    heldout_tokens = list(tokenize_documents((d.text for d in corpus.heldout), tokenizer))
+    ids = {"bos_id": tokenizer.bos_token_id, "eos_id": tokenizer.eos_token_id}
+    train = pack_documents(train_tokens, recipe.sequence_length, **ids)
+    heldout = pack_documents(heldout_tokens, recipe.sequence_length, **ids, evaluation=True)
+    return TextData(corpus, tokenizer, train, heldout, train_tokens, heldout_tokens)
+
+
+def _resolve_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    if recipe.dtype != "auto":
+        return torch.bfloat16 if recipe.dtype == "bf16" else torch.float32
+    if device.type == "cpu":  # without matrix units for it, bf16 is the slower one
+        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    return torch.bfloat16
+
+
+def _fixed(recipe: Recipe) -> dict[str, Any]:
+    """What may not change between the parts of one run."""
+    free = ("output_dir", "log_every", "eval_every", "save_every", "keep_checkpoints", "compare", "micro_batch_size")
+    return {name: value for name, value in dataclasses.asdict(recipe).items() if name not in free}
+
+
+def _check_same(saved: dict[str, Any], corpus: Corpus, recipe: Recipe, where: Path) -> None:
+    for name, value in _fixed(recipe).items():
+        if saved["recipe"].get(name) != value:
+            raise ValueError(f"{where}: saved with {name} = {saved['recipe'].get(name)!r}, the recipe has {value!r}")
+    if saved["corpus_sha256"] != corpus.sha256:
+        raise ValueError(
+            f"{where}: the text of {corpus.name} has changed since this state was saved (SHA-256 differs)"
+        )
+
+
+def _read_record(output: Path, recipe: Recipe) -> dict[str, Any]:
+    path = output / RECORD
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text())
+    for name, value in _fixed(recipe).items():
+        if record["recipe"].get(name) != value:
+            was = record["recipe"].get(name)
+            raise ValueError(
+                f"{path}: a finished run with {name} = {was!r}, the recipe has {value!r}; use another output_dir"
+            )
+    return record
+
+
+def _clear(output: Path) -> None:
+    for name in ("checkpoints", "tokenizer", "model"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in (RECORD, "metrics.jsonl"):
+        (output / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Two runs never write to one folder; the kernel frees the lock of a process that died."""
+    with (output / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ValueError(f"{output}: in use by another run ({file.read().strip() or 'unknown process'})") from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM append to; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        say("stopping after this step (Ctrl-C again to stop at once)")
+
+    try:
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: the caller handles signals
+        previous = {}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,128 @@
+"""What a pretraining run is: one strict, flat recipe, read from YAML."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from ..configuration import DeepseekV3Config, preset
+
+QUICKSTART = Path(__file__).with_name("quickstart.yaml")
+Dtype = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A pretraining run. Two runs of one recipe on one machine give the same losses.
+
+    Attributes:
+        output_dir: where everything goes.
+        data: corpus, as in `deepseek_v3.data.load_corpus`: `stdlib`, text files, a folder, a .jsonl, `datasets:NAME`.
+        heldout: held-out corpus; None splits `data` by a hash of the document names.
+        heldout_fraction: share of the documents held out by that split.
+        text_field: the column or key with the text.
+        tokenizer: folder of a tokenizer; None trains a byte-level BPE of the model's vocabulary size on the corpus.
+        preset: name of the model's preset.
+        model: fields of the configuration that differ from the preset's.
+        sequence_length: tokens per row.
+        batch_size: rows per optimizer step over all ranks.
+        micro_batch_size: rows per forward and backward pass of one rank; None takes a rank's whole share.
+        steps: optimizer steps.
+        learning_rate: peak; linear warm-up, then cosine to `min_lr_ratio` of it.
+        warmup_steps, min_lr_ratio, weight_decay, beta1, beta2, grad_clip: AdamW and its schedule (paper 4.2).
+        bias_update_until: share of the steps after which the routing bias rests (paper 4.2: 14.3T of 14.8T tokens).
+        dtype: of the weights; `bf16` keeps fp32 master weights in the optimizer; `auto` takes the faster.
+        gradient_checkpointing: recompute activations in backward.
+        seed: of initialisation and data order.
+        log_every, eval_every, save_every: in steps; a save is also made at the end and on Ctrl-C.
+        keep_checkpoints: how many of the saved states stay.
+        compare: also measure gzip, n-gram and a dense model of equal compute.
+    """
+
+    output_dir: str = "outputs/quickstart"
+    data: str = "stdlib"
+    heldout: str | None = None
+    heldout_fraction: float = 0.05
+    text_field: str = "text"
+    tokenizer: str | None = None
+    preset: str = "small"
+    model: dict[str, Any] = field(default_factory=dict)
+    sequence_length: int = 256
+    batch_size: int = 8
+    micro_batch_size: int | None = None
+    steps: int = 1000
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    bias_update_until: float = 0.966
+    dtype: Dtype = "auto"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 250
+    save_every: int = 250
+    keep_checkpoints: int = 1
+    compare: bool = True
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            self._check_type(spec.name, spec.type, getattr(self, spec.name))
+        at_least_one = ("batch_size", "steps", "log_every", "eval_every", "save_every", "keep_checkpoints")
+        ranges: dict[str, tuple[float, float]] = {name: (1, 1e12) for name in at_least_one}
+        ranges |= {"sequence_length": (2, 2**24), "warmup_steps": (0, 1e12), "seed": (0, 2**63 - 1)}
+        ranges |= {name: (0.0, 1.0) for name in ("min_lr_ratio", "beta1", "beta2", "bias_update_until")}
+        ranges |= {"learning_rate": (0.0, 10.0), "weight_decay": (0.0, 10.0), "grad_clip": (1e-6, 1e6)}
+        ranges["heldout_fraction"] = (1e-4, 0.5)
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"recipe: {name} is {value!r}, allowed are {low:g} to {high:g}")
+        if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
+            raise ValueError(
+                f"recipe: micro_batch_size is {self.micro_batch_size}, allowed are 1 to {self.batch_size}"
+            )
+
+    @staticmethod
+    def _check_type(name: str, annotation: Any, value: Any) -> None:
+        if annotation is Dtype:
+            if value not in get_args(Dtype):
+                raise ValueError(f"recipe: {name} is {value!r}, allowed are {', '.join(get_args(Dtype))}")
+            return
+        allowed = get_args(annotation) or (annotation,)
+        allowed = tuple(dict if getattr(a, "__origin__", None) is dict else a for a in allowed)
+        if annotation == dict[str, Any]:
+            allowed = (dict,)
+        if float in allowed:
+            allowed = (*allowed, int)
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            names = " or ".join(a.__name__ for a in allowed)
+            raise ValueError(f"recipe: {name} is {value!r}, allowed is {names}")
+
+    @classmethod
+    def load(cls, path: str | Path = QUICKSTART, **overrides: Any) -> "Recipe":
+        """Read a YAML file; `overrides` win. Raises `ValueError` naming the file and the field."""
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: cannot be read as a recipe: {error}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: a recipe is a mapping of fields, found {type(content).__name__}")
+        known = [spec.name for spec in dataclasses.fields(cls)]
+        unknown = sorted(str(key) for key in (content | overrides) if key not in known)
+        if unknown:
+            raise ValueError(f"{path}: unknown field {', '.join(unknown)}; allowed are {', '.join(known)}")
+        try:
+            return cls(**(content | overrides))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def config(self, **special_tokens: int | None) -> DeepseekV3Config:
+        """The model's configuration, with the tokenizer's special token ids."""
+        lengths = {"max_position_embeddings": max(self.sequence_length, preset(self.preset).max_position_embeddings)}
+        return preset(self.preset, **(lengths | special_tokens | self.model))
