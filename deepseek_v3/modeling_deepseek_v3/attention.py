@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 from ..configuration import DeepseekV3Config
+from .continuous_batching import PagedAttentionCache, update_paged_cache
 from .layers import DeepseekV3RMSNorm
 from .rope import apply_rotary, softmax_scale
 
@@ -46,7 +47,7 @@ def sdpa_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' SDPA; on CPU with the value padded to the key's width, without which torch has no fused kernel there."""
     value_dim = value.shape[-1]
-    if value.device.type == "cpu":
+    if value.device.type == "cpu" and value_dim < key.shape[-1]:
         value = F.pad(value, (0, key.shape[-1] - value_dim))
     output, _ = sdpa_attention_forward(module, query, key, value, *args, **kwargs)
     return output[..., :value_dim], None
@@ -93,6 +94,7 @@ class DeepseekV3Attention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: PagedAttentionCache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`[B, S, hidden] -> [B, S, hidden]` and the attention weights where the implementation has them."""
@@ -101,6 +103,8 @@ class DeepseekV3Attention(nn.Module):
         latent, key_rope = self._latents(hidden_states, position_embeddings)
         if past_key_values is not None:
             latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
+        elif isinstance(cache, PagedAttentionCache):
+            latent, key_rope = update_paged_cache(cache, latent, key_rope, self.layer_idx, kwargs)
 
         attend = self._absorbed if self._absorbs(length, latent, attention_mask) else self._expanded
         output, weights = attend(query_nope, query_rope, latent, key_rope, attention_mask, **kwargs)
@@ -142,7 +146,8 @@ class DeepseekV3Attention(nn.Module):
             usable_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4
         # Absorption reads the weight itself: an adapter, a quantized or offloaded layer has to be called instead.
         plain = type(self.kv_b_proj) is nn.Linear and self.kv_b_proj.weight.dtype == latent.dtype
-        plain = plain and not hasattr(self.kv_b_proj, "_hf_hook") and not self.kv_b_proj._forward_pre_hooks
+        plain = plain and not (self.kv_b_proj._forward_pre_hooks or self.kv_b_proj._forward_hooks)
+        plain = plain and not hasattr(self.kv_b_proj, "_hf_hook")
         return usable_mask and plain and self._absorbed_flops(length, total) < self._expanded_flops(length, total)
 
     def _expanded_flops(self, length: int, total: int) -> int:
@@ -169,7 +174,9 @@ class DeepseekV3Attention(nn.Module):
         key_nope, value = expanded.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
         query = torch.cat((query_nope, query_rope), dim=-1)
-        attention = ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attention = ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation.removeprefix("paged|"), eager_attention
+        )
         dropout = self.attention_dropout if self.training else 0.0
         return attention(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
@@ -185,11 +192,14 @@ class DeepseekV3Attention(nn.Module):
         batch, heads, length, _ = query_nope.shape
         weight = self.kv_b_proj.weight.view(heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         up_key, up_value = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)  # [H, n, c], [H, v, c]
-        # All heads read the same latents: fold them into the query axis instead of copying the latents H times.
+        # All heads read the same latents: fold them into the query axis instead of copying the latents H times. The
+        # large operand stands first and untransposed in each product: torch would copy a transposed bf16 one.
         query_latent = torch.matmul(query_nope, up_key).reshape(batch, heads * length, -1)
-        scores = torch.matmul(query_latent, latent.squeeze(1).transpose(1, 2))
-        scores = scores + torch.matmul(query_rope.reshape(batch, heads * length, -1), key_rope.squeeze(1).transpose(1, 2))
-        scores = scores.view(batch, heads, length, -1).float() * self.scaling
+        query_rope = query_rope.reshape(batch, heads * length, -1)
+        scores = torch.matmul(latent.squeeze(1), query_latent.transpose(1, 2))
+        scores = scores + torch.matmul(key_rope.squeeze(1), query_rope.transpose(1, 2))
+        scores = scores.transpose(1, 2)
+        scores = scores.reshape(batch, heads, length, -1).float() * self.scaling
         if attention_mask is not None:
             total = scores.shape[-1]
             if attention_mask.dtype == torch.bool:
@@ -198,5 +208,5 @@ class DeepseekV3Attention(nn.Module):
                 scores = scores + attention_mask[..., :total]
         weights = F.softmax(scores, dim=-1).to(latent.dtype)
         context = torch.matmul(weights.view(batch, heads * length, -1), latent.squeeze(1))
-        output = torch.matmul(context.view(batch, heads, length, -1), up_value.transpose(1, 2))
-        return output.transpose(1, 2), weights
+        context = context.view(batch, heads, length, -1).transpose(2, 3)
+        return torch.matmul(up_value, context).permute(0, 3, 1, 2), weights

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.modeling_utils import PreTrainedModel
@@ -22,6 +22,8 @@ from ..configuration import DeepseekV3Config
 from .weight_files import TensorEntry, scan_folder
 
 FP8_SUFFIX = "_scale_inv"
+# arguments of `from_pretrained` that override the configuration; the labels' number is no field of it
+_CONFIG_ARGUMENTS = {*DeepseekV3Config.__dataclass_fields__, *DeepseekV3Config.attribute_map, "num_labels"}
 _HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 # Registered because transformers gives its own mapping for this model type to no class outside transformers.
@@ -111,7 +113,7 @@ def _layer_of(name: str) -> int:
 
 
 def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f", ... ({len(names)} in all)" if len(names) > 6 else "")
+    return ", ".join(f"{name:.200}" for name in names[:6]) + (f", ... ({len(names)} in all)" if len(names) > 6 else "")
 
 
 def check_tensors(
@@ -217,6 +219,16 @@ def _fp8_state_dict(entries: Mapping[str, TensorEntry], config: DeepseekV3Config
     return dict(tensors())
 
 
+def own_config(config: PreTrainedConfig) -> DeepseekV3Config:
+    """`config` itself, or ours with the content and the kernel choices of transformers' own, which lacks our fields."""
+    if isinstance(config, DeepseekV3Config):
+        return config
+    ours = DeepseekV3Config.from_dict(config.to_dict())
+    ours._attn_implementation = config._attn_implementation
+    ours._experts_implementation = config._experts_implementation
+    return ours
+
+
 class CheckpointMixin(PreTrainedModel):
     """Strict `from_pretrained`, and `save_pretrained` in the official layout."""
 
@@ -239,6 +251,8 @@ class CheckpointMixin(PreTrainedModel):
         Raises:
             ValueError: names the file, the tensor or the field, what was found and what is allowed.
         """
+        if isinstance(config, PreTrainedConfig):
+            config = own_config(config)
         arguments = dict(kwargs, config=config)
         strict = pretrained_model_name_or_path is not None and kwargs.get("gguf_file") is None
         folder = _local_folder(pretrained_model_name_or_path, kwargs) if strict else None
@@ -247,7 +261,7 @@ class CheckpointMixin(PreTrainedModel):
 
         if not isinstance(config, DeepseekV3Config):
             config_source = folder if config is None else config
-            config_kwargs = {k: v for k, v in kwargs.items() if k in DeepseekV3Config.__dataclass_fields__}
+            config_kwargs = {k: v for k, v in kwargs.items() if k in _CONFIG_ARGUMENTS}
             config = DeepseekV3Config.from_pretrained(config_source, **config_kwargs)
         entries = scan_folder(folder, kwargs.get("variant"))
         quantization = getattr(config, "quantization_config", None) or {}
@@ -263,8 +277,8 @@ class CheckpointMixin(PreTrainedModel):
     def _from_fp8(cls, folder: Path, entries: Mapping[str, TensorEntry], config: DeepseekV3Config, *model_args, **kwargs):
         state_dict = _fp8_state_dict(entries, config, str(folder / "config.json"))
         del config.quantization_config
-        kwargs = {k: v for k, v in kwargs.items() if k not in (*_HUB_ARGUMENTS, "subfolder", "variant", "use_safetensors")}
-        kwargs = {k: v for k, v in kwargs.items() if k not in DeepseekV3Config.__dataclass_fields__ or k == "dtype"}
+        done = {*_HUB_ARGUMENTS, *_CONFIG_ARGUMENTS, "subfolder", "variant", "use_safetensors"} - {"dtype"}
+        kwargs = {k: v for k, v in kwargs.items() if k not in done}
         model = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
         loaded = model[0] if isinstance(model, tuple) else model
         loaded.config.name_or_path = loaded.name_or_path = str(folder)

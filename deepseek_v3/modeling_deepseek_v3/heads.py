@@ -5,17 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration import DeepseekV3Config
+from .continuous_batching import LatentBatchingMixin
 from .losses import IGNORE_INDEX, linear_cross_entropy, sequence_balance_loss, shift_left
-from .model import DeepseekV3Model, DeepseekV3ModelOutput, DeepseekV3PreTrainedModel, real_tokens
+from .model import DeepseekV3Model, DeepseekV3ModelOutput, DeepseekV3PreTrainedModel, packed_causal_mask, real_tokens
 from .mtp import DeepseekV3MTPLayer, same_document
+from .speculative import MTPGenerationMixin
 
 
 @dataclass
@@ -32,7 +32,7 @@ class DeepseekV3CausalLMOutput(MoeCausalLMOutputWithPast):
     router_indices: tuple[torch.Tensor, ...] | None = None
 
 
-class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
+class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin, LatentBatchingMixin):
     """The language model. Its `num_nextn_predict_layers` MTP layers follow the main layers in `model.layers`."""
 
     _has_lm_head = True
@@ -139,13 +139,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, GenerationMixin):
         or lie in another packed document the target is -100 and the position is not counted as a token.
         """
         batch, length, _ = embeddings.shape
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=embeddings,
-            attention_mask=attention_mask,
-            past_key_values=None,
-            position_ids=position_ids,
-        )
+        causal_mask = packed_causal_mask(self.config, embeddings, attention_mask, None, position_ids)
         if position_ids is None:
             position_ids = torch.arange(length, device=embeddings.device).unsqueeze(0)
         position_embeddings = self.model.rotary_emb(embeddings, position_ids)

@@ -20,8 +20,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         x, weight, scale = ctx.saved_tensors
-        grad32, normed = grad.float(), x.float().mul_(scale)
-        grad_weight = (grad32 * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad32, normed = grad.float(), x.float() * scale  # not in place: float() of fp32 is the saved input itself
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad32 * normed).reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
         grad32 = grad32 * weight.float()
         projection = (grad32 * normed).mean(-1, keepdim=True)
         return grad32.addcmul_(normed, projection, value=-1).mul_(scale).to(x.dtype), grad_weight, None

@@ -1,6 +1,7 @@
 """The transformer: decoder layers of MLA and (from `first_k_dense_replace` on) DeepSeekMoE, paper 2.1."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,13 +11,13 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple  # noqa: F401
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration import DeepseekV3Config
 from .attention import DeepseekV3Attention
-from .checkpoint import CheckpointMixin
+from .checkpoint import CheckpointMixin, own_config
 from .layers import DeepseekV3MLP, DeepseekV3RMSNorm
 from .moe import DeepseekV3Experts, DeepseekV3MoE, DeepseekV3TopkRouter
 from .rope import DeepseekV3RotaryEmbedding
@@ -82,10 +83,7 @@ class DeepseekV3PreTrainedModel(CheckpointMixin, PreTrainedModel):
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     def __init__(self, config: DeepseekV3Config, *args, **kwargs) -> None:
-        # A configuration of transformers' own class lacks our training fields.
-        if not isinstance(config, DeepseekV3Config):
-            config = DeepseekV3Config.from_dict(config.to_dict())
-        super().__init__(config, *args, **kwargs)
+        super().__init__(own_config(config), *args, **kwargs)
 
     # transformers decides both by searching the source of the module that holds the class.
     @classmethod
@@ -146,21 +144,16 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        causal_mask = packed_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        mask_position_ids = position_ids
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=mask_position_ids,
-        )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
@@ -190,6 +183,35 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             router_logits=router_logits if output_router_logits else None,
             router_indices=router_indices if output_router_logits else None,
         )
+
+
+def packed_causal_mask(
+    config: DeepseekV3Config,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None,
+) -> Any:
+    """transformers' causal mask, with packed documents kept apart when there is a padding mask too.
+
+    transformers looks for documents in `position_ids [B, S]` only without a mask `[B, S]` and without a cache, even
+    an empty one. Here each padding token becomes a document of its own, which says the same as the mask.
+    """
+    flash = "flash" in (config._attn_implementation or "")  # takes the 2-D mask as it is
+    padded = attention_mask is not None and attention_mask.dim() == 2 and not flash
+    if padded and position_ids is not None and past_key_values is None:
+        real = attention_mask.bool()
+        alone = position_ids.masked_fill(~real, -2)  # neither follows a position nor is followed by one
+        restarts = (alone.diff(dim=1) != 1) & real[:, 1:] & real[:, :-1]
+        if is_tracing(restarts) or restarts.any():
+            attention_mask, position_ids = None, alone
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+    )
 
 
 def real_tokens(attention_mask: torch.Tensor | None) -> torch.Tensor | None:

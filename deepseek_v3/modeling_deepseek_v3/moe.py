@@ -64,6 +64,12 @@ class DeepseekV3TopkRouter(nn.Module):
         ones = torch.ones_like(indices) if token_mask is None else token_mask.long()[:, None].expand_as(indices)
         self.load_counts.scatter_add_(0, indices.flatten(), ones.flatten())
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        name = f"{prefix}e_score_correction_bias"
+        if name in state_dict:  # a bf16 copy would replace the buffer under `assign=True`
+            state_dict = {**state_dict, name: state_dict[name].float()}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn, recurse=True):
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
@@ -137,20 +143,24 @@ def grouped_experts_forward(
         padded = (counts + align - 1) // align * align
         padded_ends = padded.cumsum(0)
         shift = (padded_ends - padded) - (ends - counts)
-        num_rows = int(padded_ends[-1])
+        shift = torch.cat((shift, (padded_ends - ends)[-1:]))  # the last one for choices that another rank computes
+        num_rows = flat.numel() + int(shift[-1])
         slots = torch.arange(flat.numel()) + shift[flat[order]]
     token_of = torch.full((num_rows,), num_tokens, device=flat.device).scatter_(0, slots, order // top_k)
     slot_of = torch.empty_like(flat).scatter_(0, order, slots).view(num_tokens, top_k)
 
-    if self._is_expert_parallel:
-        remote = top_k_index >= self.num_experts
-        top_k_weights = top_k_weights.masked_fill(remote, 0)
     offsets = padded_ends.to(torch.int32)
     rows = _Dispatch.apply(hidden_states, token_of, slot_of)
+    if self._is_expert_parallel:
+        # Rows past the last offset belong to other ranks. They are never computed and their memory is not initialised,
+        # in backward as in forward: the first mask keeps that out of the input's gradient, the second of the output.
+        top_k_weights = top_k_weights.masked_fill(top_k_index >= self.num_experts, 0)
+        not_ours = (torch.arange(num_rows, device=rows.device) >= padded_ends[-1])[:, None]
+        rows = rows.masked_fill(not_ours, 0)
     rows = self._apply_gate(_grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=offsets))
     rows = _grouped_mm(rows, self.down_proj.transpose(1, 2), offs=offsets)
-    if self._is_expert_parallel:  # rows past the last offset are never computed, nor is their memory initialised
-        rows = rows.masked_fill((torch.arange(num_rows, device=rows.device) >= ends[-1])[:, None], 0)
+    if self._is_expert_parallel:
+        rows = rows.masked_fill(not_ours, 0)
     return _Combine.apply(rows, top_k_weights.to(torch.promote_types(top_k_weights.dtype, rows.dtype)), token_of, slot_of)
 
 

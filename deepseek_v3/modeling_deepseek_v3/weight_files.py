@@ -4,6 +4,8 @@ Nothing here executes or unpickles what it reads, memory is bounded by the heade
 """
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,9 @@ WEIGHTS_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 # bytes per element; the subset of safetensors' types that a checkpoint of this architecture can hold
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+
+
+_FILE_NAME = re.compile(r"[ -~]{1,240}\.safetensors")  # printable ASCII
 
 
 class TensorEntry(NamedTuple):
@@ -26,7 +31,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate key {next(n for n in names if names.count(n) > 1)!r}")
+        raise ValueError(f"duplicate key {next(n for n, count in Counter(names).items() if count > 1)!r:.200}")
     return result
 
 
@@ -79,17 +84,17 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 def _entry(path: Path, name: str, info: object, data_bytes: int) -> tuple[TensorEntry, tuple[int, int]]:
     def fail(problem: str) -> ValueError:
-        return ValueError(f"{path}: {name}: {problem}")
+        return ValueError(f"{path}: {name:.200}: {problem}")
 
     if not isinstance(info, dict):
-        raise fail(f"header entry is {info!r}, not an object")
+        raise fail(f"header entry is {info!r:.100}, not an object")
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
-    if dtype not in DTYPE_BYTES:
-        raise fail(f"dtype is {dtype!r}, allowed are {', '.join(DTYPE_BYTES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise fail(f"dtype is {dtype!r:.100}, allowed are {', '.join(DTYPE_BYTES)}")
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**40 for n in shape) or len(shape) > 8:
-        raise fail(f"shape is {shape!r}, not a list of sizes")
+        raise fail(f"shape is {shape!r:.100}, not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
-        raise fail(f"data_offsets are {offsets!r}, not two positions")
+        raise fail(f"data_offsets are {offsets!r:.100}, not two positions")
     start, stop = offsets
     if not 0 <= start <= stop <= data_bytes:
         raise fail(f"data_offsets {start}..{stop} lie outside the file's {data_bytes} bytes of data (truncated file?)")
@@ -134,8 +139,9 @@ def scan_folder(folder: Path, variant: str | None = None) -> dict[str, TensorEnt
         raise ValueError(f"{index}: weight_map is {type(weight_map).__name__}, not a map of tensor to file")
     files: dict[str, Path] = {}
     for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or not file_name.endswith(".safetensors"):
-            raise ValueError(f"{index}: weight_map[{name!r}] = {file_name!r} is not the name of a safetensors file")
+        if not (isinstance(file_name, str) and _FILE_NAME.fullmatch(file_name)):
+            where = f"{index}: weight_map[{name!r:.200}]"
+            raise ValueError(f"{where} = {file_name!r:.100} is not the name of a safetensors file")
         if file_name in files:
             continue
         file = folder / file_name
@@ -146,7 +152,10 @@ def scan_folder(folder: Path, variant: str | None = None) -> dict[str, TensorEnt
         files[file_name] = file
     entries: dict[str, TensorEntry] = {}
     for file in files.values():
-        entries.update(read_header(file))
+        for name, entry in read_header(file).items():
+            if name in entries:
+                raise ValueError(f"{file}: {name:.200}: is in {entries[name].file.name} too")
+            entries[name] = entry
     absent = [name for name, file_name in weight_map.items() if entries.get(name, (None,))[0] != files[file_name]]
     if absent:
         name = absent[0]

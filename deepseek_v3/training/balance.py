@@ -66,7 +66,7 @@ class RoutingBiasHook:
 
 @dataclass(frozen=True)
 class LoadStatistics:
-    """Of one set of counts, each averaged over layers (`dead` is the share over all layers).
+    """Of one set of counts, each averaged over the layers that saw tokens (`dead` is the share over all layers).
 
     max_violation: MaxVio, `max / mean - 1` (arXiv 2408.15664); cv: standard deviation / mean; dead: share of experts
     that no token chose; entropy: of the load, divided by `log E`, so 1 is even.
@@ -82,9 +82,9 @@ class LoadStatistics:
         """`counts [L, E]`; all zero where nothing was counted."""
         if counts.numel() == 0 or counts.sum() == 0:
             return cls(0.0, 0.0, 0.0, 0.0)
-        load = counts.double()
-        mean = load.mean(dim=1, keepdim=True).clamp(min=1e-12)
-        share = load / load.sum(dim=1, keepdim=True).clamp(min=1)
+        load = counts[counts.sum(dim=1) > 0].double()
+        mean = load.mean(dim=1, keepdim=True)
+        share = load / load.sum(dim=1, keepdim=True)
         entropy = -torch.xlogy(share, share).sum(dim=1) / torch.tensor(float(load.shape[1])).log()
         return cls(
             max_violation=float((load.amax(dim=1, keepdim=True) / mean - 1).mean()),

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from ..configuration import DeepseekV3Config, preset
+from ..configuration import PRESETS, DeepseekV3Config, preset
 
 QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 Dtype = Literal["auto", "bf16", "fp32"]
@@ -76,7 +76,8 @@ class Recipe:
         at_least_one = ("batch_size", "steps", "log_every", "eval_every", "save_every", "keep_checkpoints")
         ranges: dict[str, tuple[float, float]] = {name: (1, 1e12) for name in at_least_one}
         ranges |= {"sequence_length": (2, 2**24), "warmup_steps": (0, 1e12), "seed": (0, 2**63 - 1)}
-        ranges |= {name: (0.0, 1.0) for name in ("min_lr_ratio", "beta1", "beta2", "bias_update_until")}
+        ranges |= {name: (0.0, 1.0) for name in ("min_lr_ratio", "bias_update_until")}
+        ranges |= {name: (0.0, 0.99999) for name in ("beta1", "beta2")}
         ranges |= {"learning_rate": (0.0, 10.0), "weight_decay": (0.0, 10.0), "grad_clip": (1e-6, 1e6)}
         ranges["heldout_fraction"] = (1e-4, 0.5)
         for name, (low, high) in ranges.items():
@@ -87,6 +88,10 @@ class Recipe:
             raise ValueError(
                 f"recipe: micro_batch_size is {self.micro_batch_size}, allowed are 1 to {self.batch_size}"
             )
+        if self.preset not in PRESETS:
+            raise ValueError(f"recipe: preset is {self.preset!r}, allowed are {', '.join(PRESETS)}")
+        if names := [name for name in self.model if not isinstance(name, str)]:
+            raise ValueError(f"recipe: model has the field {names[0]!r}, allowed are names")
 
     @staticmethod
     def _check_type(name: str, annotation: Any, value: Any) -> None:
@@ -109,7 +114,7 @@ class Recipe:
         """Read a YAML file; `overrides` win. Raises `ValueError` naming the file and the field."""
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: cannot be read as a recipe: {error}") from None
         if not isinstance(content, dict):
             raise ValueError(f"{path}: a recipe is a mapping of fields, found {type(content).__name__}")
@@ -118,11 +123,26 @@ class Recipe:
         if unknown:
             raise ValueError(f"{path}: unknown field {', '.join(unknown)}; allowed are {', '.join(known)}")
         try:
-            return cls(**(content | overrides))
+            recipe = cls(**{name: _as_number(name, value) for name, value in (content | overrides).items()})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        try:
+            recipe.config()
+        except ValueError as error:
+            raise ValueError(f"{path}: model: {error}") from None
+        return recipe
 
     def config(self, **special_tokens: int | None) -> DeepseekV3Config:
         """The model's configuration, with the tokenizer's special token ids."""
         lengths = {"max_position_embeddings": max(self.sequence_length, preset(self.preset).max_position_embeddings)}
         return preset(self.preset, **(lengths | special_tokens | self.model))
+
+
+def _as_number(name: str, value: Any) -> Any:
+    """YAML 1.1 reads `1e-3`, without a point, as a string."""
+    if isinstance(value, str) and Recipe.__dataclass_fields__[name].type is float:
+        try:
+            return float(value)
+        except ValueError:
+            pass  # the check of types says what is allowed
+    return value
