@@ -32,6 +32,13 @@ def _enter(module: ModuleType) -> None:
         mapping._modules[MODEL_TYPE] = sys.modules[__package__]
         names = mapping._mapping if mapping_name == "CONFIG_MAPPING" else mapping._model_mapping
         names[MODEL_TYPE] = class_name
+    if module.__name__.endswith("tokenization_auto"):
+        # A folder's `tokenizer_class` wins over the model type, unless the type is known to carry wrong ones, and is
+        # looked up by name in a registry of classes. By now importing ours loads nothing more than itself.
+        from .tokenization import DeepseekV3Tokenizer
+
+        module.REGISTERED_TOKENIZER_CLASSES["DeepseekV3Tokenizer"] = DeepseekV3Tokenizer
+        module.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(MODEL_TYPE)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -7,7 +7,6 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration import DeepseekV3Config
@@ -113,7 +112,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin, Laten
 
         logits = None
         if not (training if skip_logits is None else skip_logits):
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            logits = self.lm_head(_positions_to_keep(hidden_states, logits_to_keep))
         return DeepseekV3CausalLMOutput(
             **losses,
             logits=logits,
@@ -201,6 +200,18 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin, Laten
             loss = loss + self.config.seq_balance_coef * balance
             losses["balance_loss"] = balance.detach()
         return {"loss": loss, **losses}
+
+
+def _positions_to_keep(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """The last `keep` positions (0: all), or those a tensor names: `[P]` for all rows, `[B, P]` per row, or a mask
+    `[B, S]`, whose result is flat."""
+    if isinstance(keep, int):
+        return hidden_states[:, -keep:]
+    if keep.dim() == 1:
+        return hidden_states[:, keep]
+    if keep.dtype == torch.bool:
+        return hidden_states[keep]
+    return hidden_states.gather(1, keep.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
 
 
 class DeepseekV3ForSequenceClassification(GenericForSequenceClassification, DeepseekV3PreTrainedModel):

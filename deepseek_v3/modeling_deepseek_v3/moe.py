@@ -151,7 +151,8 @@ def grouped_experts_forward(
 
     offsets = padded_ends.to(torch.int32)
     rows = _Dispatch.apply(hidden_states, token_of, slot_of)
-    if self._is_expert_parallel:
+    expert_parallel = getattr(self, "_is_expert_parallel", False)  # transformers 5.17 lacks the attribute
+    if expert_parallel:
         # Rows past the last offset belong to other ranks. They are never computed and their memory is not initialised,
         # in backward as in forward: the first mask keeps that out of the input's gradient, the second of the output.
         top_k_weights = top_k_weights.masked_fill(top_k_index >= self.num_experts, 0)
@@ -159,7 +160,7 @@ def grouped_experts_forward(
         rows = rows.masked_fill(not_ours, 0)
     rows = self._apply_gate(_grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=offsets))
     rows = _grouped_mm(rows, self.down_proj.transpose(1, 2), offs=offsets)
-    if self._is_expert_parallel:
+    if expert_parallel:
         rows = rows.masked_fill(not_ours, 0)
     return _Combine.apply(rows, top_k_weights.to(torch.promote_types(top_k_weights.dtype, rows.dtype)), token_of, slot_of)
 

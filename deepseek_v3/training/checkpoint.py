@@ -1,8 +1,8 @@
 """Training states on disk: written whole or not at all, verified before use.
 
 `step-N/` holds `model/` (an ordinary checkpoint with tokenizer), `optimizer.pt`, and `manifest.json` with the size and
-SHA-256 of every file. It is written under another name, synced, and renamed last, so an interrupted save leaves the
-previous states as they were.
+SHA-256 of every file and of itself. It is written under another name, synced, and renamed last, so an interrupted save
+leaves the previous states as they were.
 """
 
 import hashlib
@@ -27,6 +27,14 @@ def _files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _step(state: Path) -> int:
+    return int(state.name.removeprefix("step-"))
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -43,51 +51,63 @@ def save_state(
     record: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `root/step-N` and drop all but the newest `keep` states.
+    """Write `root/step-N`, then drop all but the newest `keep` states up to it and what killed saves left behind.
 
+    A state of a later step is one that did not verify when this run resumed: it neither counts nor is touched.
     `save_model` writes the model into the folder it is given; `record` is JSON-serialisable and returned on loading.
     Raises `OSError` naming the path when it cannot be written; earlier states are then untouched.
     """
     final = root / f"step-{step}"
     temporary = root / f".step-{step}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        _remove_leftovers(root)
+        temporary.mkdir(parents=True)
         save_model(temporary / "model")
         torch.save(optimizer_state, temporary / "optimizer.pt")
         sizes = {str(f.relative_to(temporary)): [f.stat().st_size, _sha256(f)] for f in _files(temporary)}
         manifest = {"step": step, "files": sizes, "record": record}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for file in (*_files(temporary), temporary / MANIFEST, temporary):
-            _sync(file)
-        shutil.rmtree(final, ignore_errors=True)
+        (temporary / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1))
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        if final.exists():
+            final.rename(root / f".step-{step}.tmp-replaced")
         temporary.rename(final)
         _sync(root)
-    except OSError as error:
+    except Exception as error:  # safetensors and torch.save report a full disk as errors of their own
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(root).free
         raise OSError(
             f"{final}: not saved ({error}); {free / 1e6:.0f} MB are free; earlier states are kept"
         ) from error
-    for old in list_states(root)[keep:]:
+    for old in [state for state in list_states(root) if _step(state) <= step][keep:]:
         shutil.rmtree(old)
+    _remove_leftovers(root)
     return final
+
+
+def _remove_leftovers(root: Path) -> None:
+    for leftover in root.glob(".step-*.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def list_states(root: Path) -> list[Path]:
     """Finished states, newest first."""
     states = [p for p in root.glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return sorted(states, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+    return sorted(states, key=_step, reverse=True)
 
 
 def verify_state(state: Path) -> dict[str, Any]:
     """The state's manifest, after every file was compared with it. Raises `ValueError` naming the first bad file."""
     try:
         manifest = json.loads((state / MANIFEST).read_text())
-        files = manifest["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        own_digest = manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{state / MANIFEST}: cannot be read ({type(error).__name__}: {error})") from None
-    for name, (size, digest) in files:
+    if own_digest != _digest(manifest):
+        raise ValueError(f"{state / MANIFEST}: its contents changed since it was saved (SHA-256 differs)")
+    if manifest["step"] != _step(state):
+        raise ValueError(f"{state / MANIFEST}: is of step {manifest['step']}; the folder was renamed")
+    for name, (size, digest) in manifest["files"].items():
         file = state / name
         if not file.is_file():
             raise ValueError(f"{file}: missing")
