@@ -79,16 +79,18 @@ def _report(record: dict[str, Any], output_dir: str) -> None:
     for name, value in sorted(results.items(), key=lambda item: item[1]):
         print(f"  {names.get(name, name):<22}{value:.3f}")
     load = record["load"]
-    if load["max_violation_first"] is not None:
-        print(f"expert load: MaxVio {load['max_violation_first']:.2f} -> {load['max_violation_last']:.2f}", end=", ")
+    if load["max_violation_peak"] is not None:
+        print(
+            f"expert load: MaxVio peak {load['max_violation_peak']:.2f}, last {load['max_violation_last']:.2f}",
+            end=", ",
+        )
         print(f"{load['dead_experts_last']:.0%} of the experts unused in the last steps")
     if record["mtp"]:
         mtp = record["mtp"]
         print(f"MTP: {mtp['acceptance']:.1%} of {mtp['drafts']} drafts accepted, ", end="")
         print(f"{mtp['tokens_per_forward']:.2f} tokens per forward pass")
-    print(
-        f"{record['train_seconds']:.0f} s of training. In {output_dir}: model/, metrics.jsonl, loss.png, load.png, samples.txt"
-    )
+    print(f"{record['train_seconds']:.0f} s of training, all in {output_dir}:")
+    print("  model/, metrics.jsonl, loss.png, load.png, samples.txt")
     print(f'try: deepseek-v3 generate {output_dir}/model "def main("')
 
 

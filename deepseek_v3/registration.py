@@ -1,9 +1,9 @@
 """Makes transformers' Auto classes resolve `model_type="deepseek_v3"` to this package.
 
 transformers keeps, per Auto mapping, a table from model type to the module in which it looks the class names up
-(`_LazyAutoMapping._modules`, filled with `transformers.models.<type>` on first use). This package offers the same class
-names, so it is entered there: the Auto classes then find ours, and neither torch nor a model is imported before
-someone asks for one. `Auto*.register` would need the classes themselves, that is torch, triton and accelerate, at import.
+(`_LazyAutoMapping._modules`, filled with `transformers.models.<type>` on first use). This package offers the same
+class names, so it is entered there: the Auto classes then find ours, and neither torch nor a model is imported before
+someone asks for one. `Auto*.register` would need the classes themselves, that is torch, triton and accelerate.
 """
 
 import importlib.abc

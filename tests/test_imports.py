@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "cli": {"package", "training", "finetuning", "export", "hub", "data"} | MODEL,
     "__main__": {"cli"},
     "package": (MODEL - {"kernels"}) | {"registration"},
-    "registration": set(),
+    "registration": {"tokenization"},
     "training": {"package", "data"} | MODEL,
     "finetuning": {"package", "data"} | MODEL,
     "export": {"package"} | MODEL,

@@ -33,18 +33,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Pretraining in minutes on a CPU. A token's experts are as wide together as the dense layer, and the gates are
     # scaled by sqrt(num_experts_per_tok), which keeps the routed sum at the size of one expert's output.
     "small": {
-        "vocab_size": 8192,
+        "vocab_size": 4096,
         "hidden_size": 256,
         "intermediate_size": 640,
         "moe_intermediate_size": 128,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": 4,
         "first_k_dense_replace": 1,
-        "num_attention_heads": 8,
+        "num_attention_heads": 4,
         "q_lora_rank": None,
         "kv_lora_rank": 64,
-        "qk_nope_head_dim": 32,
+        "qk_nope_head_dim": 48,
         "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
+        "v_head_dim": 64,
         "n_routed_experts": 16,
         "n_shared_experts": 1,
         "num_experts_per_tok": 4,

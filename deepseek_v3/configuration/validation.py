@@ -103,7 +103,7 @@ def _is_number(value: Any, kind: type | tuple = (int, float)) -> bool:
 def check_ranges(config: Any) -> None:
     """Refuse a number outside its range, of the wrong type or not finite, and an unsupported choice."""
     for ranges, kind in ((INT_RANGES, int), (FLOAT_RANGES, (int, float))):
-        for field, (low, high) in ranges.items():  # type: ignore[attr-defined]
+        for field, (low, high) in ranges.items():
             value = getattr(config, field)
             if value is None and field in NULLABLE:
                 continue

@@ -65,8 +65,8 @@ def _fields(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
     mtp_text = "The model has no MTP layer."
     if mtp:
         mtp_text = (
-            f"MTP, greedy, one draft per step on held-out prompts: {mtp['acceptance']:.1%} of {mtp['drafts']:,} drafts "
-            f"accepted, {mtp['tokens_per_forward']:.2f} tokens per forward pass."
+            f"MTP, greedy, one draft per step on held-out prompts: {mtp['acceptance']:.1%} of {mtp['drafts']:,} "
+            f"drafts accepted, {mtp['tokens_per_forward']:.2f} tokens per forward pass."
         )
     licence = corpus["licence"] or "as the source states"
     return {
@@ -76,13 +76,13 @@ def _fields(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
         "folder": str(folder),
         "use_mtp": str(bool(mtp)),
         "architecture": _table(architecture),
-        "data": f"{corpus['name']}: {corpus['train_documents']:,} documents, {corpus['train_bytes']:,} bytes for training "
-        f"and {corpus['heldout_documents']:,} documents, {corpus['heldout_bytes']:,} bytes held out, split by a hash of "
-        f"the document names. SHA-256 of the text: `{corpus['sha256']}`. Licence: {licence}.",
+        "data": f"{corpus['name']}: {corpus['train_documents']:,} documents, {corpus['train_bytes']:,} bytes for "
+        f"training and {corpus['heldout_documents']:,} documents, {corpus['heldout_bytes']:,} bytes held out, split "
+        f"by a hash of the document names. SHA-256 of the text: `{corpus['sha256']}`. Licence: {licence}.",
         "training": _table(training),
         "evaluation": _table(evaluation),
         "mtp": mtp_text,
-        "maxvio_first": "n/a" if load["max_violation_first"] is None else f"{load['max_violation_first']:.2f}",
+        "maxvio_peak": "n/a" if load["max_violation_peak"] is None else f"{load['max_violation_peak']:.2f}",
         "maxvio_last": "n/a" if load["max_violation_last"] is None else f"{load['max_violation_last']:.2f}",
         "dead": "n/a" if load["dead_experts_last"] is None else f"{load['dead_experts_last']:.1%}",
         "corpus_name": corpus["name"],

@@ -33,7 +33,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition: `softmax(q k^T * scaling + mask) v`, softmax in fp32. `[B, H, S, d] -> [B, S, H, v]`, weights."""
+    """The definition, `softmax(q k^T * scaling + mask) v`, softmax in fp32: `[B, H, S, d] -> [B, S, H, v]`, weights."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -45,7 +45,7 @@ def eager_attention(
 def sdpa_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
 ) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA; on CPU with the value padded to the key's width, without which torch has no fused kernel there."""
+    """transformers' SDPA; on CPU with the value padded to the key's width: torch has a fused kernel for that case only."""
     value_dim = value.shape[-1]
     if value.device.type == "cpu" and value_dim < key.shape[-1]:
         value = F.pad(value, (0, key.shape[-1] - value_dim))
@@ -85,7 +85,9 @@ class DeepseekV3Attention(nn.Module):
             self.q_b_proj = nn.Linear(self.q_lora_rank, self.num_heads * self.qk_head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = DeepseekV3RMSNorm(self.kv_lora_rank)
-        self.kv_b_proj = nn.Linear(self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
+        self.kv_b_proj = nn.Linear(
+            self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
+        )
         self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, hidden, bias=bias)
 
     def forward(
@@ -139,7 +141,7 @@ class DeepseekV3Attention(nn.Module):
         if total <= length or (self.training and self.attention_dropout):
             return False
         # A longer cache without a mask means "causal over an empty static cache" unless there is one query.
-        # Masks that are not a [B, 1, S, T] tensor (FlashAttention's 2-D, FlexAttention's block mask) stay with those kernels.
+        # Masks other than a [B, 1, S, T] tensor (FlashAttention's 2-D, FlexAttention's block mask) stay with those.
         if attention_mask is None:
             usable_mask = length == 1
         else:

@@ -150,7 +150,8 @@ def check_tensors(
             if mtp or _layer_of(name) < config.num_hidden_layers:
                 unexpected.append(name)
         elif name in expected and entry.shape != expected[name]:
-            wrong.append(f"{name} is {list(entry.shape)} in {entry.file.name}, the configuration needs {list(expected[name])}")
+            needed = list(expected[name])
+            wrong.append(f"{name} is {list(entry.shape)} in {entry.file.name}, the configuration needs {needed}")
 
     problems = []
     if missing:
@@ -174,8 +175,8 @@ class FP8BlockTensor:
         grid = tuple(-(-size // step) for size, step in zip(entry.shape, block, strict=True))
         if scale.shape != grid:
             raise ValueError(
-                f"{scale.file}: {name}{FP8_SUFFIX} is {list(scale.shape)}, a weight of {list(entry.shape)} in blocks of "
-                f"{list(block)} needs {list(grid)}"
+                f"{scale.file}: {name}{FP8_SUFFIX} is {list(scale.shape)}, a weight of {list(entry.shape)} in blocks "
+                f"of {list(block)} needs {list(grid)}"
             )
 
     def get_shape(self) -> list[int]:
@@ -202,7 +203,8 @@ def _fp8_state_dict(entries: Mapping[str, TensorEntry], config: DeepseekV3Config
     quantization = config.quantization_config
     block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
     if not (isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
-        raise ValueError(f"{where}: quantization_config.weight_block_size is {block!r}, allowed are two positive sizes")
+        problem = f"quantization_config.weight_block_size is {block!r}, allowed are two positive sizes"
+        raise ValueError(f"{where}: {problem}")
 
     def tensors() -> Iterator[tuple[str, Any]]:
         for name, entry in entries.items():
@@ -210,7 +212,8 @@ def _fp8_state_dict(entries: Mapping[str, TensorEntry], config: DeepseekV3Config
                 continue
             scale = entries.get(name + FP8_SUFFIX)
             if (entry.dtype == "F8_E4M3") != (scale is not None):
-                raise ValueError(f"{entry.file}: {name} is {entry.dtype} {'with' if scale else 'without'} {name}{FP8_SUFFIX}")
+                found = f"{entry.dtype} {'with' if scale else 'without'} {name}{FP8_SUFFIX}"
+                raise ValueError(f"{entry.file}: {name} is {found}")
             if scale is not None:
                 yield name, FP8BlockTensor(entry, name, scale, (block[0], block[1]))
             else:
@@ -220,7 +223,7 @@ def _fp8_state_dict(entries: Mapping[str, TensorEntry], config: DeepseekV3Config
 
 
 def own_config(config: PreTrainedConfig) -> DeepseekV3Config:
-    """`config` itself, or ours with the content and the kernel choices of transformers' own, which lacks our fields."""
+    """`config` itself, or ours with the content and kernel choices of transformers' own, which lacks our fields."""
     if isinstance(config, DeepseekV3Config):
         return config
     ours = DeepseekV3Config.from_dict(config.to_dict())
@@ -242,7 +245,7 @@ class CheckpointMixin(PreTrainedModel):
     ]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
         """Load a checkpoint of official layout (bf16, fp16, fp32 or FP8 blocks, sharded or not).
 
         As `PreTrainedModel.from_pretrained`, except that the files are checked first and that a missing or unexpected
@@ -274,7 +277,9 @@ class CheckpointMixin(PreTrainedModel):
         return cls._from_fp8(folder, entries, config, *model_args, **kwargs)
 
     @classmethod
-    def _from_fp8(cls, folder: Path, entries: Mapping[str, TensorEntry], config: DeepseekV3Config, *model_args, **kwargs):
+    def _from_fp8(
+        cls, folder: Path, entries: Mapping[str, TensorEntry], config: DeepseekV3Config, *model_args, **kwargs
+    ):
         state_dict = _fp8_state_dict(entries, config, str(folder / "config.json"))
         del config.quantization_config
         done = {*_HUB_ARGUMENTS, *_CONFIG_ARGUMENTS, "subfolder", "variant", "use_safetensors"} - {"dtype"}
@@ -286,7 +291,7 @@ class CheckpointMixin(PreTrainedModel):
             loaded.generation_config = GenerationConfig.from_pretrained(folder)
         return model
 
-    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):  # type: ignore[override]
+    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
         """As `PreTrainedModel.save_pretrained`: official names, per-expert tensors, MTP layers and the fp32 bias."""
         if self._has_lm_head and not getattr(self, "_hf_peft_config_loaded", False):
             state_dict = dict(self.state_dict() if state_dict is None else state_dict)

@@ -53,7 +53,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin, Laten
     @property
     def mtp_layers(self) -> list[DeepseekV3MTPLayer]:
         """The MTP modules, depth 1 first; empty if the configuration has none."""
-        return list(self.model.layers[self.config.num_hidden_layers :])  # type: ignore[arg-type]
+        return list(self.model.layers[self.config.num_hidden_layers :])
 
     @can_return_tuple
     def forward(
@@ -102,11 +102,15 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin, Laten
         losses: dict[str, torch.Tensor] = {}
         if has_labels:
             targets = shift_labels if shift_labels is not None else shift_left(labels, 1, IGNORE_INDEX)
-            router_logits = [(logits, attention_mask) for logits in outputs.router_logits or ()] if needs_balance else []
+            router_logits = (
+                [(logits, attention_mask) for logits in outputs.router_logits or ()] if needs_balance else []
+            )
             mtp: list[tuple[torch.Tensor, torch.Tensor]] = []
             if training and self.mtp_layers and past_key_values is None:
                 embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-                mtp, mtp_router = self._mtp_states(hidden_states, embeddings, targets, attention_mask, position_ids, **kwargs)
+                mtp, mtp_router = self._mtp_states(
+                    hidden_states, embeddings, targets, attention_mask, position_ids, **kwargs
+                )
                 router_logits += mtp_router if needs_balance else []
             losses = self._losses(hidden_states, targets, mtp, router_logits, num_items_in_batch)
 
@@ -132,7 +136,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin, Laten
         position_ids: torch.Tensor | None,
         **kwargs,
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Teacher-forced MTP of every depth: `(head input [B, S, H], targets [B, S])` and `(router logits, token mask)`.
+        """Teacher-forced MTP, per depth: `(head input [B, S, H], targets [B, S])` and `(router logits, token mask)`.
 
         Rows keep their length: position i of depth k sees token i+k and predicts token i+k+1; where those do not exist
         or lie in another packed document the target is -100 and the position is not counted as a token.
@@ -157,7 +161,9 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin, Laten
                 **kwargs,
             )
             depth_targets = shift_left(targets, depth, IGNORE_INDEX)
-            depth_targets = depth_targets.masked_fill(~(token_mask & same_document(position_ids, depth + 1)), IGNORE_INDEX)
+            depth_targets = depth_targets.masked_fill(
+                ~(token_mask & same_document(position_ids, depth + 1)), IGNORE_INDEX
+            )
             states.append((layer.shared_head(hidden_states), depth_targets))
             if indices is not None:
                 if torch.is_grad_enabled():

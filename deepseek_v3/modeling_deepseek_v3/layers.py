@@ -1,4 +1,4 @@
-"""The two small layers every block uses: RMSNorm and the SwiGLU feed-forward network (dense layers, shared experts)."""
+"""The two small layers every block uses: RMSNorm and the SwiGLU feed-forward network (dense, shared experts)."""
 
 import torch
 from torch import nn

@@ -37,9 +37,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = log_probs.exp_()
             grad.scatter_add_(1, labels_, grad.new_full((1, 1), -1.0).expand_as(labels_))
             grad = grad.mul_(relative_weights[rows, None]).to(hidden.dtype)
-            if needs_hidden:
+            if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[rows])
-            if needs_weight:
+            if grad_weight is not None:
                 grad_weight += torch.mm(grad.t(), hidden[rows])
         ctx.largest = largest
         ctx.grads = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)

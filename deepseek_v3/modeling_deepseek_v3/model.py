@@ -31,7 +31,7 @@ class DeepseekV3ModelOutput(MoeModelOutputWithPast):
 
 
 class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm block. Returns a flat tuple so that gradient checkpointing of either kind carries the router's outputs."""
+    """Pre-norm block. Returns a flat tuple, so either kind of gradient checkpointing carries the router's outputs."""
 
     def __init__(self, config: DeepseekV3Config, layer_idx: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """`[B, S, H]` -> the same, router logits `[B*S, E]` and chosen experts `[B*S, K]` (both None in a dense layer)."""
+        """`[B, S, H]` -> the same, router logits `[B*S, E]`, experts `[B*S, K]` (both None in a dense layer)."""
         attention_output, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
@@ -197,9 +197,9 @@ def packed_causal_mask(
     transformers looks for documents in `position_ids [B, S]` only without a mask `[B, S]` and without a cache, even
     an empty one. Here each padding token becomes a document of its own, which says the same as the mask.
     """
-    flash = "flash" in (config._attn_implementation or "")  # takes the 2-D mask as it is
-    padded = attention_mask is not None and attention_mask.dim() == 2 and not flash
-    if padded and position_ids is not None and past_key_values is None:
+    # FlashAttention takes the mask [B, S] as it is
+    applies = past_key_values is None and "flash" not in (config._attn_implementation or "")
+    if applies and position_ids is not None and attention_mask is not None and attention_mask.dim() == 2:
         real = attention_mask.bool()
         alone = position_ids.masked_fill(~real, -2)  # neither follows a position nor is followed by one
         restarts = (alone.diff(dim=1) != 1) & real[:, 1:] & real[:, :-1]

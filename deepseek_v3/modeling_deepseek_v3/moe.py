@@ -37,7 +37,7 @@ class DeepseekV3TopkRouter(nn.Module):
         self.load_counts: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`[..., H]` -> logits `[N, E]` fp32, weights `[N, K]` fp32 (normalised and scaled), chosen experts `[N, K]` int64."""
+        """`[..., H]` -> logits `[N, E]` fp32, weights `[N, K]` fp32 (normalised, scaled), experts `[N, K]` int64."""
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits = F.linear(hidden_states.float(), self.weight.float())
         scores = logits.sigmoid()
@@ -162,7 +162,8 @@ def grouped_experts_forward(
     rows = _grouped_mm(rows, self.down_proj.transpose(1, 2), offs=offsets)
     if expert_parallel:
         rows = rows.masked_fill(not_ours, 0)
-    return _Combine.apply(rows, top_k_weights.to(torch.promote_types(top_k_weights.dtype, rows.dtype)), token_of, slot_of)
+    top_k_weights = top_k_weights.to(torch.promote_types(top_k_weights.dtype, rows.dtype))
+    return _Combine.apply(rows, top_k_weights, token_of, slot_of)
 
 
 ALL_EXPERTS_FUNCTIONS.register("deepseek_v3", grouped_experts_forward)

@@ -1,4 +1,4 @@
-"""Rotary position embedding with YaRN (paper 2.1.1 and 4.3): applied to the decoupled key and the query's rope part only."""
+"""Rotary position embedding with YaRN (paper 2.1.1, 4.3): for the decoupled key and the query's rope part only."""
 
 import math
 
@@ -20,7 +20,8 @@ class DeepseekV3RotaryEmbedding(nn.Module):
         self.config = config
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
+        rope: dict = config.rope_parameters or {}
+        self.rope_type = rope["rope_type"]
         init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
         inv_freq, self.attention_scaling = init(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
@@ -31,7 +32,8 @@ class DeepseekV3RotaryEmbedding(nn.Module):
         """Inverse frequencies `theta^(-2i/d)` `[d/2]` without scaling, and the factor 1 for cosines and sines."""
         dim = config.qk_rope_head_dim
         exponents = torch.arange(0, dim, 2, dtype=torch.float) / dim
-        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+        rope: dict = config.rope_parameters or {}
+        return 1.0 / (rope["rope_theta"] ** exponents), 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -55,7 +57,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
 
 def softmax_scale(config: DeepseekV3Config) -> float:
     """`qk_head_dim^-0.5`, times YaRN's `mscale^2` when `mscale_all_dim` is set (DeepSeek's `inference/model.py`)."""
-    rope = config.rope_parameters
+    rope: dict = config.rope_parameters or {}
     scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
     mscale_all_dim = rope.get("mscale_all_dim", 0)
     if rope.get("rope_type", "default") != "default" and mscale_all_dim and rope["factor"] > 1:

@@ -13,7 +13,8 @@ INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 # bytes per element; the subset of safetensors' types that a checkpoint of this architecture can hold
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+DTYPE_BYTES |= {"I64": 8, "I32": 4, "I8": 1, "U8": 1}
 
 
 _FILE_NAME = re.compile(r"[ -~]{1,240}\.safetensors")  # printable ASCII
@@ -59,7 +60,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
     except (RecursionError, ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: the safetensors header is not valid JSON ({type(error).__name__}: {error})") from None
+        problem = f"the safetensors header is not valid JSON ({type(error).__name__}: {error})"
+        raise ValueError(f"{path}: {problem}") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the safetensors header is a {type(header).__name__}, not an object")
 
@@ -75,7 +77,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     position = 0
     for start, stop, name in sorted(spans):
         if start != position:
-            raise ValueError(f"{path}: {name}: data starts at byte {start}, but the tensors before it end at {position}")
+            problem = f"data starts at byte {start}, but the tensors before it end at {position}"
+            raise ValueError(f"{path}: {name:.200}: {problem}")
         position = stop
     if position != data_bytes:
         raise ValueError(f"{path}: holds {data_bytes} bytes of data, its header describes {position}")
@@ -159,5 +162,6 @@ def scan_folder(folder: Path, variant: str | None = None) -> dict[str, TensorEnt
     absent = [name for name, file_name in weight_map.items() if entries.get(name, (None,))[0] != files[file_name]]
     if absent:
         name = absent[0]
-        raise ValueError(f"{files[weight_map[name]]}: has no tensor {name}, though {index.name} says so ({len(absent)} such)")
+        problem = f"has no tensor {name:.200}, though {index.name} says so ({len(absent)} such)"
+        raise ValueError(f"{files[weight_map[name]]}: {problem}")
     return entries

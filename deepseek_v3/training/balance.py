@@ -1,4 +1,4 @@
-"""Auxiliary-loss-free load balancing (paper 2.1.2): the routing bias's update rule, and what is measured of the load."""
+"""Auxiliary-loss-free load balancing (paper 2.1.2): the routing bias's update rule, and measures of the load."""
 
 from dataclasses import dataclass
 
@@ -57,7 +57,7 @@ class RoutingBiasHook:
 
     def __init__(self, model: nn.Module, speed: float | None = None) -> None:
         self.model = model
-        self.speed: float = model.config.bias_update_speed if speed is None else speed  # type: ignore[union-attr]
+        self.speed: float = model.config.bias_update_speed if speed is None else speed
         self.counts = torch.zeros(0, 0, dtype=torch.int64)
 
     def __call__(self, *_: object) -> None:

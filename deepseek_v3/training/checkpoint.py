@@ -1,6 +1,7 @@
 """Training states on disk: written whole or not at all, verified before use.
 
-`step-N/` holds `model/` (an ordinary checkpoint with tokenizer), `optimizer.pt`, and `manifest.json` with the size and
+`step-N/` holds `model/` (an ordinary checkpoint with tokenizer), `optimizer.pt` (with all else that training resumes
+from), and `manifest.json` with the size and
 SHA-256 of every file and of itself. It is written under another name, synced, and renamed last, so an interrupted save
 leaves the previous states as they were.
 """
@@ -137,5 +138,5 @@ def newest_state(root: Path, report: Callable[[str], None]) -> tuple[Path, dict[
 
 
 def load_optimizer_state(state: Path) -> dict[str, Any]:
-    """The optimizer's state dict; tensors and plain values only, nothing is unpickled."""
+    """What `save_state` got as `optimizer_state`; tensors and plain values only, nothing is unpickled."""
     return torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)

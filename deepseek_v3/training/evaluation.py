@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import IGNORE_INDEX, PackedDataset, bits_per_byte
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
+from .loop import model_inputs
 
 
 @torch.no_grad()
@@ -14,6 +15,7 @@ def heldout_bits_per_byte(
     model: DeepseekV3ForCausalLM,
     dataset: PackedDataset,
     n_bytes: int,
+    document_mask: bool,
     batch_size: int = 16,
     max_rows: int | None = None,
 ) -> float:
@@ -28,7 +30,7 @@ def heldout_bits_per_byte(
     for start in range(0, rows, batch_size):
         batch = dataset.rows(range(start, min(start + batch_size, rows)))
         count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        batch = {key: value.to(model.device) for key, value in batch.items()}
+        batch = model_inputs(batch, document_mask, model.device)
         nats += float(model(**batch, skip_logits=True).ce_loss) * count
         predicted += count
     model.train(training)

@@ -1,10 +1,11 @@
-"""The training loop: gradient accumulation, clipping, schedule, routing bias, one call of `on_step` per optimizer step."""
+"""The training loop: accumulation, clipping, schedule, routing bias, one call of `on_step` per optimizer step."""
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -73,7 +74,8 @@ def fit(
                 group["lr"] = rate
             resting = step >= recipe.bias_update_until * recipe.steps
             hook.speed = 0.0 if resting else model.config.bias_update_speed
-            batch = {key: value.to(accelerator.device) for key, value in next(batches).items()}
+            seed_step(recipe.seed, step, accelerator.process_index)
+            batch = model_inputs(next(batches), recipe.document_mask, accelerator.device)
             losses = _accumulate(wrapped, batch, recipe, accelerator)
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip))
             if not math.isfinite(norm) or not math.isfinite(losses["loss"]):
@@ -90,6 +92,16 @@ def fit(
         return recipe.steps
     finally:
         handle.remove()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout draws from these three alone, so that a resumed run draws what it would have drawn."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+def model_inputs(batch: dict[str, torch.Tensor], document_mask: bool, device: torch.device) -> dict[str, torch.Tensor]:
+    """A packed batch for the model: with position ids, which restart per document, documents do not see each other."""
+    return {key: value.to(device) for key, value in batch.items() if document_mask or key != "position_ids"}
 
 
 def _accumulate(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from ..data import bits_per_byte
@@ -16,7 +17,9 @@ from .loop import StepResult
 
 
 def say(message: str) -> None:
-    """One plain line, without disturbing a progress bar."""
+    """One plain line of the first rank, without disturbing a progress bar."""
+    if dist.is_initialized() and dist.get_rank():
+        return
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
 
@@ -31,26 +34,40 @@ class Monitor:
 
     def __init__(self, path: Path | None, steps: int, start_step: int, every: int, bytes_per_token: float, title: str):
         self.path, self.every, self.bytes_per_token = path, every, bytes_per_token
-        self.steps = steps
-        self.rows: list[dict[str, Any]] = []
+        self.steps, self.step = steps, start_step
         self.window: list[StepResult] = []
         self.tokens = 0
         self.seconds = 0.0
         if path is not None:
             kept = [row for row in read_metrics(path) if row["step"] <= start_step]
+            kept = [row for row in kept if "heldout_bits_per_byte" not in row]  # made again after the last step
             path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            if kept:
-                self.tokens, self.seconds = kept[-1]["tokens"], kept[-1]["seconds"]
         self.title = title
         self.bar = tqdm(total=steps, initial=start_step, desc=title, unit="step", disable=not sys.stderr.isatty())
-        self.clock = time.monotonic()
+        self.clock = self.updated = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to write the same averages: plain values and tensors."""
+        return {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "window": [vars(result) for result in self.window],
+            "window_seconds": self.updated - self.clock,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tokens, self.seconds = state["tokens"], state["seconds"]
+        self.window = [StepResult(**values) for values in state["window"]]
+        self.clock = time.monotonic() - state["window_seconds"]
 
     def update(self, result: StepResult) -> None:
         self.bar.update(1)
+        self.step = result.step + 1
         self.window.append(result)
         self.tokens += result.tokens
         if (result.step + 1) % self.every == 0 or result.step + 1 == self.steps:
             self._flush()
+        self.updated = time.monotonic()
 
     def _flush(self) -> None:
         window, self.window = self.window, []
@@ -61,7 +78,7 @@ class Monitor:
         row: dict[str, Any] = {"step": last.step + 1, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
         for name in ("loss", "ce_loss", "mtp_loss", "balance_loss", "grad_norm"):
             row[name] = sum(getattr(r, name) for r in window) / len(window)
-        row["bits_per_byte"] = bits_per_byte(row["ce_loss"] * 1000, self.bytes_per_token * 1000)
+        row["bits_per_byte"] = bits_per_byte(row["ce_loss"] * 1e6, round(self.bytes_per_token * 1e6))
         row["learning_rate"] = last.learning_rate
         row["tokens_per_second"] = sum(r.tokens for r in window) / elapsed
         if last.counts.numel():
@@ -70,7 +87,6 @@ class Monitor:
             row["max_violation"] = sum(s.max_violation for s in loads) / len(loads)
             window_load = LoadStatistics.of(torch.stack([r.counts for r in window]).sum(0))
             row |= {"load_cv": window_load.cv, "dead_experts": window_load.dead, "load_entropy": window_load.entropy}
-        self.rows.append(row)
         if self.path is not None:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -82,21 +98,18 @@ class Monitor:
         if "max_violation" in row:
             parts += [f"MaxVio {row['max_violation']:.2f}", f"dead {row['dead_experts']:.0%}"]
         if self.bar.disable:
-            print(f"{self.title} {row['step']:>6}/{self.steps}  " + "  ".join(parts), flush=True)
+            say(f"{self.title} {row['step']:>6}/{self.steps}  " + "  ".join(parts))
         else:
             self.bar.set_postfix_str("  ".join(parts))
 
     def note(self, **values: float) -> None:
         """Write a line of evaluation results at the current step."""
-        row = {
-            "step": self.rows[-1]["step"] if self.rows else 0,
-            "tokens": self.tokens,
-            "seconds": round(self.seconds, 3),
-        }
+        row = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
         if self.path is not None:
             with self.path.open("a") as file:
                 file.write(json.dumps(row | values) + "\n")
-        self.clock = time.monotonic()  # evaluation is not training time
+        self.clock += time.monotonic() - self.updated  # evaluation is not training time
+        self.updated = time.monotonic()
 
     def close(self) -> None:
         self.bar.close()

@@ -1,5 +1,6 @@
-"""The main job: corpus, tokenizer, model, training with resumption, evaluation beside baselines, one record of it all."""
+"""The main job: corpus, tokenizer, model, resumable training, evaluation beside baselines, one record of it all."""
 
+import ctypes
 import dataclasses
 import fcntl
 import json
@@ -9,14 +10,16 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
+from transformers.utils import logging
 
 from ..configuration import DeepseekV3Config, num_parameters
 from ..data import Corpus, PackedDataset, load_corpus, pack_documents, tokenize_documents
@@ -65,22 +68,36 @@ def pretrain(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     """
     output = Path(recipe.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()
+    _keep_freed_memory()
     accelerator = Accelerator()
     main = accelerator.is_main_process
-    with _locked(output) if main else contextmanager(lambda: iter([None]))():
-        if restart and main:
-            _clear(output)
-        accelerator.wait_for_everyone()
-        record = _read_record(output, recipe)
-        if record.get("finished"):
+    with _locked(output) if main else nullcontext():
+        record = {} if restart else _read_record(output, recipe)
+        if record:
             say(f"{output}: this run is finished ({record['steps']} steps); --restart trains it again")
-            return record
-        data = _prepare_data(recipe, output, main)
+            return record if main else {}
+        corpus = load_corpus(
+            recipe.data, heldout=recipe.heldout, text_field=recipe.text_field, heldout_fraction=recipe.heldout_fraction
+        )
+        if main:
+            _clear(output, everything=restart)
         accelerator.wait_for_everyone()
-        return _run(recipe, output, data, accelerator)
+        found = newest_state(output / "checkpoints", say)
+        if found is not None:
+            _check_same(found[1]["record"], corpus, recipe, found[0])
+        data = _prepare_data(recipe, output, corpus, accelerator)
+        return _run(recipe, output, data, found, accelerator)
 
 
-def _run(recipe: Recipe, output: Path, data: TextData, accelerator: Accelerator) -> dict[str, Any]:
+def _run(
+    recipe: Recipe,
+    output: Path,
+    data: TextData,
+    found: tuple[Path, dict[str, Any]] | None,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """Train from the state `found`, or from the start, to the end; then everything else of `pretrain`."""
     main = accelerator.is_main_process
     dtype = _resolve_dtype(recipe, accelerator.device)
     tokenizer = data.tokenizer
@@ -88,22 +105,16 @@ def _run(recipe: Recipe, output: Path, data: TextData, accelerator: Accelerator)
     config = recipe.config(**special, eos_token_id=tokenizer.eos_token_id)
     check_vocab(tokenizer, config.vocab_size)
 
-    states = output / "checkpoints"
-    found = newest_state(states, say if main else lambda _: None)
     if found is None:
         torch.manual_seed(recipe.seed)
         model, start = DeepseekV3ForCausalLM(config).to(dtype), 0
     else:
         model = DeepseekV3ForCausalLM.from_pretrained(found[0] / "model", dtype=dtype)
         start = found[1]["step"]
-        _check_same(found[1]["record"], data.corpus, recipe, found[0])
     model.to(accelerator.device)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = MasterAdamW(model.parameters(), recipe)
-    if found is not None:
-        optimizer.load_state_dict(load_optimizer_state(found[0]))
-        say(f"continuing at step {start} from {found[0]}")
 
     count = num_parameters(config)
     say(
@@ -114,6 +125,13 @@ def _run(recipe: Recipe, output: Path, data: TextData, accelerator: Accelerator)
         output / "metrics.jsonl" if main else None, recipe.steps, start, recipe.log_every, data.bytes_per_token, "step"
     )
     recent: list[torch.Tensor] = []
+    if found is not None:
+        state = load_optimizer_state(found[0])
+        optimizer.load_state_dict(state["optimizer"])
+        monitor.load_state_dict(state["monitor"])
+        recent = state["recent_counts"]
+        say(f"continuing at step {start} from {found[0]}")
+    states = output / "checkpoints"
     provenance = {"recipe": _fixed(recipe), "corpus_sha256": data.corpus.sha256}
 
     def save_model(folder: Path) -> None:
@@ -122,7 +140,8 @@ def _run(recipe: Recipe, output: Path, data: TextData, accelerator: Accelerator)
 
     def save(step: int) -> None:
         if main:
-            save_state(states, step, save_model, optimizer.state_dict(), provenance, recipe.keep_checkpoints)
+            state = {"optimizer": optimizer.state_dict(), "monitor": monitor.state_dict(), "recent_counts": recent}
+            save_state(states, step, save_model, state, provenance, recipe.keep_checkpoints)
         accelerator.wait_for_everyone()
 
     with _stop_signals() as stop:
@@ -131,31 +150,39 @@ def _run(recipe: Recipe, output: Path, data: TextData, accelerator: Accelerator)
             step = result.step + 1
             monitor.update(result)
             recent.append(result.counts)
-            del recent[: -max(50, recipe.steps // 10)]
+            del recent[: -max(50, min(1000, recipe.steps // 10))]
             if step % recipe.eval_every == 0 and step < recipe.steps:
-                part = heldout_bits_per_byte(model, data.heldout, data.corpus.heldout_bytes, max_rows=64)
+                part = heldout_bits_per_byte(
+                    model, data.heldout, data.corpus.heldout_bytes, recipe.document_mask, max_rows=64
+                )
                 monitor.note(heldout_part_bits_per_byte=part)
-            if step < recipe.steps and (stop or step % recipe.save_every == 0):
+            stopping = _any_rank(stop)
+            if step < recipe.steps and (stopping or step % recipe.save_every == 0):
                 save(step)
-            return bool(stop)
+            return stopping
 
         done = fit(model, optimizer, data.train, recipe, accelerator, on_step, start)
+        if done == recipe.steps > start:
+            save(done)
+        stopping = _any_rank(stop)
     monitor.close()
-    if done < recipe.steps:
+    if stopping:
         raise InterruptedError(f"stopped at step {done} of {recipe.steps}, saved in {states / f'step-{done}'}")
-    save(done)
-    if not main:
-        return {}
-    return _finish(recipe, output, data, model, monitor, recent)
+    results = _evaluate(recipe, output, data, model, monitor) if main else {}
+    if recipe.compare:  # every rank takes part
+        dense = _train_dense(recipe, config, data, model.dtype)
+        if main:
+            results["baselines_bits_per_byte"]["dense"] = dense
+    return _finish(recipe, output, data, model, monitor, recent, results) if main else {}
 
 
-def _finish(
-    recipe: Recipe, output: Path, data: TextData, model: DeepseekV3ForCausalLM, monitor: Monitor, recent: list
+def _evaluate(
+    recipe: Recipe, output: Path, data: TextData, model: DeepseekV3ForCausalLM, monitor: Monitor
 ) -> dict[str, Any]:
-    """Evaluate, compare, write everything but the card."""
+    """What the record holds of the model's quality, all but the dense twin's; writes `samples.txt`."""
     corpus, config = data.corpus, model.config
     say("evaluating on held-out text")
-    bits = heldout_bits_per_byte(model, data.heldout, corpus.heldout_bytes)
+    bits = heldout_bits_per_byte(model, data.heldout, corpus.heldout_bytes, recipe.document_mask)
     monitor.note(heldout_bits_per_byte=bits)
     prompts = [document.text[:PROMPT_CHARS] for document in corpus.heldout]
     acceptance = mtp_acceptance(model, data.tokenizer, prompts[:32]) if config.num_nextn_predict_layers else None
@@ -163,12 +190,23 @@ def _finish(
     references = {}
     if recipe.compare:
         references = baselines(corpus, data.train_tokens, data.heldout_tokens, config.vocab_size)
-        say("training a dense model of equal compute")
-        references["dense"] = _train_dense(recipe, config, data, model.dtype)
+    return {"heldout_bits_per_byte": bits, "baselines_bits_per_byte": references, "mtp": acceptance}
 
+
+def _finish(
+    recipe: Recipe,
+    output: Path,
+    data: TextData,
+    model: DeepseekV3ForCausalLM,
+    monitor: Monitor,
+    recent: list[torch.Tensor],
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the figures, the model and the record."""
+    corpus, config = data.corpus, model.config
     rows = [row for row in read_metrics(output / "metrics.jsonl") if "ce_loss" in row]
     names = [name.split(".mlp")[0].removeprefix("model.") for name in routers(model)]
-    plot_loss(output / "loss.png", read_metrics(output / "metrics.jsonl"), references)
+    plot_loss(output / "loss.png", read_metrics(output / "metrics.jsonl"), results["baselines_bits_per_byte"])
     counts = torch.stack(recent).sum(0) if recent else torch.zeros(0, 0)
     if counts.numel():
         plot_load(output / "load.png", rows, counts, names)
@@ -177,9 +215,9 @@ def _finish(
         "finished": True,
         "recipe": dataclasses.asdict(recipe),
         "steps": recipe.steps,
-        "tokens": rows[-1]["tokens"],
-        "train_seconds": round(rows[-1]["seconds"], 1),
-        "train_flops": training_flops(config, recipe.sequence_length) * rows[-1]["tokens"],
+        "tokens": monitor.tokens,
+        "train_seconds": round(monitor.seconds, 1),
+        "train_flops": training_flops(config, recipe.sequence_length) * monitor.tokens,
         "parameters": {"total": parameters.total, "activated": parameters.activated, "mtp": parameters.mtp},
         "dtype": str(model.dtype).removeprefix("torch."),
         "corpus": {
@@ -191,11 +229,9 @@ def _finish(
             "heldout_documents": len(corpus.heldout),
             "heldout_bytes": corpus.heldout_bytes,
         },
-        "heldout_bits_per_byte": bits,
-        "baselines_bits_per_byte": references,
-        "mtp": acceptance,
+        **results,
         "load": {
-            "max_violation_first": rows[0].get("max_violation"),
+            "max_violation_peak": max((r["max_violation"] for r in rows if "max_violation" in r), default=None),
             "max_violation_last": rows[-1].get("max_violation"),
             "dead_experts_last": float((counts == 0).double().mean()) if counts.numel() else None,
         },
@@ -214,13 +250,16 @@ def _finish(
     data.tokenizer.save_pretrained(temporary)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    (output / RECORD).write_text(json.dumps(record, indent=2))
+    part = output / f".{RECORD}.tmp-{os.getpid()}"
+    part.write_text(json.dumps(record, indent=2))
+    part.rename(output / RECORD)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return record
 
 
 def _train_dense(recipe: Recipe, config: DeepseekV3Config, data: TextData, dtype: torch.dtype) -> float:
     """Held-out bits per byte of the dense twin: same tokens in the same order, same schedule, same FLOPs per token."""
+    say("training a dense model of equal compute")
     torch.manual_seed(recipe.seed)
     accelerator = Accelerator()
     model = DeepseekV3ForCausalLM(dense_twin(config)).to(accelerator.device, dtype)
@@ -231,31 +270,43 @@ def _train_dense(recipe: Recipe, config: DeepseekV3Config, data: TextData, dtype
 
         def on_step(result: StepResult) -> bool:
             monitor.update(result)
-            return bool(stop)
+            return _any_rank(stop)
 
         done = fit(model, optimizer, data.train, recipe, accelerator, on_step)
     monitor.close()
     if done < recipe.steps:
         raise InterruptedError("stopped while training the dense model; the trained model's state is saved")
-    return heldout_bits_per_byte(model, data.heldout, data.corpus.heldout_bytes)
+    return heldout_bits_per_byte(model, data.heldout, data.corpus.heldout_bytes, recipe.document_mask)
 
 
-def _prepare_data(recipe: Recipe, output: Path, main: bool) -> TextData:
-    corpus = load_corpus(
-        recipe.data, heldout=recipe.heldout, text_field=recipe.text_field, heldout_fraction=recipe.heldout_fraction
-    )
+def _any_rank(received: list[int]) -> bool:
+    """Whether a signal reached any rank: all stop after the same step, or the others would wait for ever."""
+    if not dist.is_initialized():
+        return bool(received)
+    flags: list[bool | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(flags, bool(received))
+    return any(flags)
+
+
+def _prepare_data(recipe: Recipe, output: Path, corpus: Corpus, accelerator: Accelerator) -> TextData:
     say(
         f"{corpus.name}: {len(corpus.train)} documents, {corpus.train_bytes / 1e6:.2f} MB to train on; "
         f"{len(corpus.heldout)} documents, {corpus.heldout_bytes / 1e6:.2f} MB held out"
     )
     folder = Path(recipe.tokenizer) if recipe.tokenizer else output / "tokenizer"
-    if not recipe.tokenizer and not folder.exists() and main:
+    if not recipe.tokenizer and accelerator.is_main_process:
         vocab_size = recipe.config().vocab_size
-        say(f"training a byte-level BPE of {vocab_size} tokens")
-        tokenizer = train_tokenizer((d.text for d in corpus.train), vocab_size)
-        temporary = output / f".tokenizer.tmp-{os.getpid()}"
-        tokenizer.save_pretrained(temporary)
-        temporary.rename(folder)
+        origin = json.dumps({"corpus_sha256": corpus.sha256, "vocab_size": vocab_size})
+        stamp = folder / "trained_on.json"
+        if not stamp.exists() or stamp.read_text() != origin:
+            say(f"training a byte-level BPE of {vocab_size} tokens")
+            tokenizer = train_tokenizer((d.text for d in corpus.train), vocab_size)
+            temporary = output / f".tokenizer.tmp-{os.getpid()}"
+            tokenizer.save_pretrained(temporary)
+            (temporary / stamp.name).write_text(origin)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+    accelerator.wait_for_everyone()
     tokenizer = DeepseekV3Tokenizer.from_pretrained(folder)
     train_tokens = list(tokenize_documents((d.text for d in corpus.train), tokenizer))
     heldout_tokens = list(tokenize_documents((d.text for d in corpus.heldout), tokenizer))
@@ -293,21 +344,42 @@ def _read_record(output: Path, recipe: Recipe) -> dict[str, Any]:
     path = output / RECORD
     if not path.exists():
         return {}
-    record = json.loads(path.read_text())
+    try:
+        record = json.loads(path.read_text())
+        saved = record["recipe"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is no run's record ({type(error).__name__}: {error})") from None
+    saved = dict(saved)
     for name, value in _fixed(recipe).items():
-        if record["recipe"].get(name) != value:
-            was = record["recipe"].get(name)
+        if saved.get(name) != value:
+            was = saved.get(name)
             raise ValueError(
                 f"{path}: a finished run with {name} = {was!r}, the recipe has {value!r}; use another output_dir"
             )
     return record
 
 
-def _clear(output: Path) -> None:
+def _clear(output: Path, everything: bool) -> None:
+    """Remove what a killed run left half-written, and with `everything` the run itself."""
+    for leftover in output.glob(".*.tmp-*"):
+        leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
+    if not everything:
+        return
     for name in ("checkpoints", "tokenizer", "model"):
         shutil.rmtree(output / name, ignore_errors=True)
     for name in (RECORD, "metrics.jsonl"):
         (output / name).unlink(missing_ok=True)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed memory: a step's tensors are the next step's, and page faults cost some 10 % of it."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        trim_threshold, mmap_threshold = -1, -3  # of mallopt(3)
+        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+    except (OSError, AttributeError):
+        pass  # another C library
 
 
 @contextmanager
@@ -334,7 +406,7 @@ def _stop_signals() -> Iterator[list[int]]:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
-        say("stopping after this step (Ctrl-C again to stop at once)")
+        os.write(2, b"\nstopping after this step (Ctrl-C again to stop at once)\n")  # print is not reentrant
 
     try:
         previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

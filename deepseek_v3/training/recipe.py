@@ -27,6 +27,7 @@ class Recipe:
         preset: name of the model's preset.
         model: fields of the configuration that differ from the preset's.
         sequence_length: tokens per row.
+        document_mask: keep packed documents from attending to each other. False as in the paper's pretraining (4.1).
         batch_size: rows per optimizer step over all ranks.
         micro_batch_size: rows per forward and backward pass of one rank; None takes a rank's whole share.
         steps: optimizer steps.
@@ -50,6 +51,7 @@ class Recipe:
     preset: str = "small"
     model: dict[str, Any] = field(default_factory=dict)
     sequence_length: int = 256
+    document_mask: bool = False
     batch_size: int = 8
     micro_batch_size: int | None = None
     steps: int = 1000
@@ -74,10 +76,10 @@ class Recipe:
         for spec in dataclasses.fields(self):
             self._check_type(spec.name, spec.type, getattr(self, spec.name))
         at_least_one = ("batch_size", "steps", "log_every", "eval_every", "save_every", "keep_checkpoints")
-        ranges: dict[str, tuple[float, float]] = {name: (1, 1e12) for name in at_least_one}
+        ranges: dict[str, tuple[float, float]] = dict.fromkeys(at_least_one, (1, 1000000000000.0))
         ranges |= {"sequence_length": (2, 2**24), "warmup_steps": (0, 1e12), "seed": (0, 2**63 - 1)}
-        ranges |= {name: (0.0, 1.0) for name in ("min_lr_ratio", "bias_update_until")}
-        ranges |= {name: (0.0, 0.99999) for name in ("beta1", "beta2")}
+        ranges |= dict.fromkeys(("min_lr_ratio", "bias_update_until"), (0.0, 1.0))
+        ranges |= dict.fromkeys(("beta1", "beta2"), (0.0, 0.99999))
         ranges |= {"learning_rate": (0.0, 10.0), "weight_decay": (0.0, 10.0), "grad_clip": (1e-6, 1e6)}
         ranges["heldout_fraction"] = (1e-4, 0.5)
         for name, (low, high) in ranges.items():

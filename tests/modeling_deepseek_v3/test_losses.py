@@ -392,6 +392,19 @@ def test_packed_documents_equal_separate_ones(depth: int, with_mask: bool) -> No
     compare(mtp_model(depth, seq_balance_coef=0.0), inputs, documents, documents)
 
 
+def test_mtp_never_crosses_a_document_whatever_the_labels_say() -> None:
+    """Labels that are not masked at the first token of a document: only MTP knows the boundary from the positions."""
+    model = mtp_model(2)
+    documents = [tokens(6, seed=3), tokens(5, seed=4)]
+    ids = torch.cat(documents)[None]
+    position_ids = torch.cat([torch.arange(len(document)) for document in documents])[None]
+    output = model(ids, labels=ids, position_ids=position_ids, use_cache=False)
+    counts = [layer.mlp.gate.load_counts.sum().item() / 3 for layer in [model.model.layers[1], *model.mtp_layers]]
+    assert counts == [11, 5 + 4, 4 + 3]
+    expected = naive_total(model, documents, documents)["mtp_loss"]
+    assert output.mtp_loss.item() == pytest.approx(expected.item(), rel=2e-6)
+
+
 def test_embedding_and_head_learn_from_mtp_alone() -> None:
     model = mtp_model(1, seq_balance_coef=0.0)
     labels = tokens(1, 8)

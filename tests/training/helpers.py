@@ -68,7 +68,9 @@ def fast_finish(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pretrain_module, name, lambda path, *_: path.write_bytes(b""))
 
 
-def signal_after(monkeypatch: pytest.MonkeyPatch, steps: int, number: int = signal.SIGTERM, title: str = "step") -> None:
+def signal_after(
+    monkeypatch: pytest.MonkeyPatch, steps: int, number: int = signal.SIGTERM, title: str = "step"
+) -> None:
     """Send this process a signal while step `steps` of the model (or of the "dense" one) ends."""
     update = Monitor.update
 

@@ -182,7 +182,9 @@ def test_load_statistics() -> None:
     assert found.cv == pytest.approx((math.sqrt(2) / 2 + 0) / 2)
     assert found.dead == pytest.approx(1 / 8)
     assert found.entropy == pytest.approx((0.75 + 1) / 2)
-    assert LoadStatistics.of(torch.tensor([[0, 0, 0, 6]])) == LoadStatistics(3.0, pytest.approx(math.sqrt(3)), 0.75, 0.0)
+    assert LoadStatistics.of(torch.tensor([[0, 0, 0, 6]])) == LoadStatistics(
+        3.0, pytest.approx(math.sqrt(3)), 0.75, 0.0
+    )
 
 
 def test_load_statistics_where_nothing_was_counted() -> None:
@@ -224,7 +226,10 @@ def test_two_ranks_end_with_the_biases_of_one_process(tmp_path) -> None:
 
     def rank() -> None:
         train()
-        torch.save({"counts": results, "bias": biases(model), "world": dist.get_world_size()}, tmp_path / f"{dist.get_rank()}.pt")
+        torch.save(
+            {"counts": results, "bias": biases(model), "world": dist.get_world_size()},
+            tmp_path / f"{dist.get_rank()}.pt",
+        )
 
     assert run_ranks(tmp_path / "ranks", rank) == ["done", "done"]  # forked: the model here is still untrained
     train()

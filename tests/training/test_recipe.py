@@ -39,7 +39,9 @@ def test_example_recipes_load(path: Path) -> None:
 
 
 def test_fields_come_from_file_then_overrides(tmp_path: Path) -> None:
-    text = "steps: 7\nlearning_rate: 1\nheldout: null\nmodel: {vocab_size: 600, n_group: 1, topk_group: 1}\npreset: tiny"
+    text = (
+        "steps: 7\nlearning_rate: 1\nheldout: null\nmodel: {vocab_size: 600, n_group: 1, topk_group: 1}\npreset: tiny"
+    )
     recipe = load(tmp_path, text, steps=9, output_dir="x")
     assert (recipe.steps, recipe.learning_rate, recipe.heldout, recipe.output_dir) == (9, 1, None, "x")
     assert recipe.batch_size == Recipe().batch_size

@@ -1,0 +1,831 @@
+"""The main job end to end: what it leaves, that resuming changes no bit, what it refuses, and a golden run."""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM as StockForCausalLM
+
+from deepseek_v3 import DeepseekV3ForCausalLM
+from deepseek_v3.data import load_corpus, pack_documents, tokenize_documents
+from deepseek_v3.training import Recipe, pretrain
+from deepseek_v3.training.evaluation import heldout_bits_per_byte
+from deepseek_v3.training.loop import NonFiniteError, StepResult, fit
+from deepseek_v3.training.monitor import Monitor
+from deepseek_v3.training.optimizer import MasterAdamW
+from tests.training.helpers import (
+    fast_finish,
+    metrics,
+    pretrain_module,
+    run_ranks,
+    signal_after,
+    synthetic_data,
+    tiny_model,
+    tiny_recipe,
+    write_corpus,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model" / "model.safetensors")
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def train(
+    recipe: Recipe,
+    *,
+    accelerator: Accelerator | None = None,
+    on_step: Callable[[StepResult], bool] = lambda _: False,
+    data=None,
+    **model,
+) -> tuple[DeepseekV3ForCausalLM, list[StepResult]]:
+    """`fit` alone, on synthetic data."""
+    net = tiny_model(**model).to(torch.bfloat16 if recipe.dtype == "bf16" else torch.float32)
+    results: list[StepResult] = []
+
+    def step(result: StepResult) -> bool:
+        results.append(result)
+        return on_step(result)
+
+    data = synthetic_data(40) if data is None else data
+    fit(net, MasterAdamW(net.parameters(), recipe), data, recipe, accelerator or Accelerator(), step)
+    return net, results
+
+
+# --- a run from beginning to end
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, dict]:
+    recipe = tiny_recipe(tmp_path_factory.mktemp("run"), corpus, compare=True, eval_every=3, log_every=2)
+    with pytest.MonkeyPatch.context() as patch:  # the one run whose samples are generated, only fewer of them
+        original = pretrain_module.write_samples
+        patch.setattr(pretrain_module, "write_samples", lambda *args: original(*args, max_new_tokens=8))
+        return recipe, pretrain(recipe)
+
+
+def test_what_a_run_leaves(finished: tuple[Recipe, dict], corpus: Path) -> None:
+    recipe, record = finished
+    output = Path(recipe.output_dir)
+    found = {path.name for path in output.iterdir()} - {".lock"}
+    assert found == {"model", "tokenizer", "metrics.jsonl", "loss.png", "load.png", "samples.txt", "run.json"}
+    for image in ("loss.png", "load.png"):
+        assert (output / image).read_bytes().startswith(b"\x89PNG") and (output / image).stat().st_size > 5000
+    samples = (output / "samples.txt").read_text()
+    assert samples.count("=== greedy") == samples.count("=== sampled") == 4
+    assert json.loads((output / "run.json").read_text()) == record
+
+    assert record["finished"] is True and record["steps"] == 6 and record["tokens"] == 6 * 4 * 32
+    text = load_corpus(corpus, heldout_fraction=0.3)
+    assert record["corpus"]["sha256"] == text.sha256
+    assert record["corpus"]["train_documents"] == len(text.train) > 3
+    assert record["corpus"]["heldout_bytes"] == sum(len(d.text.encode()) for d in text.heldout)
+    assert set(record["baselines_bits_per_byte"]) == {"gzip", "5-gram", "dense"}
+    values = [record["heldout_bits_per_byte"], *record["baselines_bits_per_byte"].values()]
+    assert all(0.5 < value < 8 for value in values) and len(set(values)) == 4
+    assert record["mtp"]["drafts"] > 0 and 0 <= record["mtp"]["acceptance"] <= 1
+    assert record["load"]["max_violation_first"] > 0 and 0 <= record["load"]["dead_experts_last"] <= 1
+
+
+def test_metrics_of_a_run(finished: tuple[Recipe, dict]) -> None:
+    recipe, record = finished
+    rows = metrics(Path(recipe.output_dir))
+    losses = [row for row in rows if "ce_loss" in row]
+    assert [(row["step"], row["tokens"]) for row in losses] == [(2, 256), (4, 512), (6, 768)]
+    assert losses[0]["ce_loss"] == pytest.approx(math.log(512), rel=0.02)
+    assert losses[-1]["ce_loss"] < losses[0]["ce_loss"]
+    for row in losses:
+        combined = row["ce_loss"] + 0.3 * row["mtp_loss"] + 1e-4 * row["balance_loss"]
+        assert row["loss"] == pytest.approx(combined, rel=1e-6)
+        assert 0 <= row["load_entropy"] <= 1 and row["max_violation"] >= 0
+    # evaluations stand at the step at which they were made, between two logged ones here
+    notes = [row for row in rows if "ce_loss" not in row]
+    assert [row["step"] for row in notes] == [3, 6]
+    assert notes[1]["heldout_bits_per_byte"] == record["heldout_bits_per_byte"]
+
+
+def test_the_record_s_figures_follow_from_the_files(finished: tuple[Recipe, dict], corpus: Path) -> None:
+    """Held-out bits per byte and parameters, again from nothing but the folder and the text."""
+    recipe, record = finished
+    folder = Path(recipe.output_dir) / "model"
+    model, tokenizer = DeepseekV3ForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    text = load_corpus(corpus, heldout_fraction=0.3)
+    nats, tokens = 0.0, 0
+    for ids in tokenize_documents((d.text for d in text.heldout), tokenizer):
+        row = torch.tensor([[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]])
+        # the row length of the run cuts documents: score them in the same windows
+        packed = pack_documents(
+            [ids], 32, bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_token_id, evaluation=True
+        )
+        tokens += row.shape[1] - 1
+        for index in range(len(packed)):
+            part = {key: value[None] for key, value in packed[index].items()}
+            with torch.no_grad():
+                scores = model.eval()(input_ids=part["input_ids"], position_ids=part["position_ids"]).logits
+            scores = scores.double().log_softmax(-1)[:, :-1].gather(-1, part["input_ids"][:, 1:, None])[..., 0]
+            nats -= float(scores[part["labels"][:, 1:] != -100].sum())
+    packed = pack_documents(
+        tokenize_documents((d.text for d in text.heldout), tokenizer),
+        32,
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
+        evaluation=True,
+    )
+    again = heldout_bits_per_byte(model, packed, text.heldout_bytes, recipe.document_mask, batch_size=5)
+    assert again == pytest.approx(record["heldout_bits_per_byte"], rel=1e-6)
+    # documents packed behind one another are cut elsewhere than alone: close, not equal
+    assert nats / math.log(2) / text.heldout_bytes == pytest.approx(again, rel=0.02)
+
+    total = {p.data_ptr(): p.numel() for p in model.parameters()}
+    mtp = sum(p.numel() for p in model.model.layers[3:].parameters())
+    assert record["parameters"]["mtp"] == mtp
+    assert record["parameters"]["total"] == sum(total.values()) - mtp
+
+
+def test_the_checkpoint_loads_in_stock_transformers_and_ours(finished: tuple[Recipe, dict]) -> None:
+    folder = Path(finished[0].output_dir) / "model"
+    stock, info = StockForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    ours, info = DeepseekV3ForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = torch.randint(3, 500, (2, 24))
+    with torch.no_grad():
+        expected, found = stock.eval()(ids).logits, ours.eval()(ids).logits
+    assert found.std() > 0.05
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for name, buffer in ours.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            assert buffer.dtype == torch.float32 and buffer.any()
+            if "layers.3" not in name:
+                assert torch.equal(buffer, stock.get_buffer(name))
+    assert len(ours.mtp_layers) == 1
+    output = ours.train()(input_ids=ids, labels=ids)
+    untrained = DeepseekV3ForCausalLM(ours.config).train()(input_ids=ids, labels=ids)
+    assert output.mtp_loss.isfinite() and output.mtp_loss != untrained.mtp_loss
+    assert ours.state_dict()["model.layers.3.eh_proj.weight"].equal(
+        weights(folder.parent)["model.layers.3.eh_proj.weight"]
+    )
+
+
+def test_a_finished_run_is_not_repeated(finished: tuple[Recipe, dict], capsys: pytest.CaptureFixture) -> None:
+    recipe, record = finished
+    output = Path(recipe.output_dir)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name not in (".lock", output.name)}
+    assert pretrain(recipe) == record
+    assert "this run is finished (6 steps)" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    changed = Recipe(**{**vars(recipe), "log_every": 5, "keep_checkpoints": 2})  # what changes no figure may change
+    assert pretrain(changed) == record
+    with pytest.raises(
+        ValueError, match=r"run\.json: a finished run with learning_rate = 0\.003, the recipe has 0\.1"
+    ):
+        pretrain(Recipe(**{**vars(recipe), "learning_rate": 0.1}))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"finished": true}', '{"recipe": 3}'])
+def test_a_damaged_record_is_named(tmp_path: Path, corpus: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=str(tmp_path / "run.json")):
+        pretrain(tiny_recipe(tmp_path, corpus))
+
+
+def test_restart_trains_again(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast_finish(monkeypatch)
+    recipe = tiny_recipe(tmp_path, corpus, steps=2)
+    pretrain(recipe)
+    first = weights(tmp_path)
+    other = Recipe(**{**vars(recipe), "seed": 1})
+    with pytest.raises(ValueError, match="seed"):
+        pretrain(other)
+    assert pretrain(other, restart=True)["recipe"]["seed"] == 1
+    assert not all(torch.equal(first[name], tensor) for name, tensor in weights(tmp_path).items())
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 2]  # nothing of the first run
+
+
+def test_a_restart_that_cannot_begin_removes_nothing(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast_finish(monkeypatch)
+    recipe = tiny_recipe(tmp_path, corpus, steps=1)
+    pretrain(recipe)
+    with pytest.raises(ValueError, match="no such file"):
+        pretrain(Recipe(**{**vars(recipe), "data": str(tmp_path / "mistyped")}), restart=True)
+    assert (tmp_path / "model" / "model.safetensors").exists() and (tmp_path / "run.json").exists()
+
+
+# --- resuming
+
+# Everything that a state has to carry: dropout (random numbers), accumulation, moments, the routing bias, averages that
+# are only half collected when the run stops, and data that go on in the second epoch.
+LONG = {
+    "steps": 12,
+    "batch_size": 8,
+    "micro_batch_size": 4,
+    "log_every": 5,
+    "eval_every": 4,
+    "learning_rate": 0.01,
+    "sequence_length": 48,
+    "model": {"vocab_size": 512, "attention_dropout": 0.1, "bias_update_speed": 0.01},
+}
+STOP = 7
+
+
+def run_recorded(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> tuple[dict, dict]:
+    """The record, and the optimizer's state at the end."""
+    last: dict = {}
+    original = pretrain_module.save_state
+
+    def save_state(root, step, save_model, optimizer_state, *rest):
+        if step == recipe.steps:
+            last.update(optimizer_state)
+        return original(root, step, save_model, optimizer_state, *rest)
+
+    monkeypatch.setattr(pretrain_module, "save_state", save_state)
+    record = pretrain(recipe)
+    return record, last
+
+
+def tensors(tree: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in tensors(value, f"{prefix}.{key}").items()}
+    if isinstance(tree, list | tuple):
+        return tensors(dict(enumerate(tree)), prefix)
+    return {prefix: tree}
+
+
+def same(one: dict, two: dict) -> bool:
+    a, b = tensors(one), tensors(two)
+    assert a.keys() == b.keys() and len(a) > 100
+    return all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def runs(
+    request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> types.SimpleNamespace:
+    """An uninterrupted run, and the folder of one that was stopped after 7 of its 12 steps."""
+    folder = tmp_path_factory.mktemp(request.param)
+    options = {**LONG, "dtype": request.param}
+    with pytest.MonkeyPatch.context() as patch:
+        fast_finish(patch)
+        whole = tiny_recipe(folder / "whole", corpus, **options)
+        record, state = run_recorded(whole, patch)
+        signal_after(patch, STOP)
+        with pytest.raises(InterruptedError, match=f"stopped at step {STOP} of 12.*step-{STOP}"):
+            pretrain(tiny_recipe(folder / "stopped", corpus, **options))
+    return types.SimpleNamespace(
+        whole=folder / "whole", stopped=folder / "stopped", options=options, record=record, state=state
+    )
+
+
+def resume(runs, output: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, **changes) -> tuple[dict, dict]:
+    shutil.copytree(runs.stopped, output, dirs_exist_ok=True)
+    fast_finish(monkeypatch)
+    return run_recorded(tiny_recipe(output, corpus, **{**runs.options, **changes}), monkeypatch)
+
+
+def test_resuming_is_bitwise(runs, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every weight, routing bias, moment, master and logged figure equals those of the run without a stop."""
+    data = load_corpus(corpus, heldout_fraction=0.3)
+    assert runs.record["tokens"] > data.train_bytes / 1.5  # more than an epoch
+    record, state = resume(runs, tmp_path, corpus, monkeypatch)
+    assert same_weights(tmp_path, runs.whole)
+    assert weights(tmp_path)["model.layers.3.mlp.gate.e_score_correction_bias"].any()
+    assert same(state, runs.state)
+    assert metrics(tmp_path) == metrics(runs.whole)
+    assert [row["step"] for row in metrics(tmp_path)] == [4, 5, 8, 10, 12, 12]
+    ignored = ("recipe", "train_seconds")
+    assert {k: v for k, v in record.items() if k not in ignored} == {
+        k: v for k, v in runs.record.items() if k not in ignored
+    }
+
+
+@pytest.mark.parametrize("forgotten", ["moments", "masters", "bias", "data", "random"])
+def test_resuming_without_a_part_of_the_state_differs(
+    runs, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str
+) -> None:
+    """The control: each of these would have been noticed above."""
+    if forgotten in ("moments", "masters"):
+        load = MasterAdamW.load_state_dict
+        fresh = {"moments": "adamw", "masters": "masters"}[forgotten]
+        monkeypatch.setattr(
+            MasterAdamW, "load_state_dict", lambda self, s: load(self, {**s, fresh: self.state_dict()[fresh]})
+        )
+    elif forgotten == "bias":
+        original = DeepseekV3ForCausalLM.from_pretrained.__func__
+
+        def without_bias(cls, *args, **kwargs):
+            model = original(cls, *args, **kwargs)
+            for name, buffer in model.named_buffers():
+                buffer.zero_() if name.endswith("bias") else None
+            return model
+
+        monkeypatch.setattr(DeepseekV3ForCausalLM, "from_pretrained", classmethod(without_bias))
+    elif forgotten == "data":
+        loop = sys.modules["deepseek_v3.training.loop"]
+        batches = loop.iterate_batches
+        monkeypatch.setattr(loop, "iterate_batches", lambda *a, **k: batches(*a, **{**k, "start_step": 0}))
+    else:
+        loop = sys.modules["deepseek_v3.training.loop"]
+        monkeypatch.setattr(loop, "seed_step", lambda *_: torch.manual_seed(1))
+    _, state = resume(runs, tmp_path, corpus, monkeypatch)
+    harmless = forgotten == "masters" and runs.options["dtype"] == "fp32"  # there the weights are the masters
+    assert same_weights(tmp_path, runs.whole) == same(state, runs.state) == harmless
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.02}, "learning_rate = 0.01, the recipe has 0.02"),
+        ({"steps": 13}, "steps = 12, the recipe has 13"),
+        ({"model": {**LONG["model"], "n_routed_experts": 16}}, "model = .*n_routed_experts"),
+        ({"model": {**LONG["model"], "vocab_size": 400}}, "model = .*512.*400"),
+        ({"sequence_length": 32}, "sequence_length = 48, the recipe has 32"),
+        ({"heldout_fraction": 0.31}, "heldout_fraction"),
+        ({"seed": 3}, "seed = 0, the recipe has 3"),
+    ],
+)
+def test_a_changed_recipe_is_refused(
+    runs, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, change: dict, message: str
+) -> None:
+    if runs.options["dtype"] == "bf16":
+        pytest.skip("the same in both")
+    with pytest.raises(ValueError, match=f"step-{STOP}: saved with {message}"):
+        resume(runs, tmp_path, corpus, monkeypatch, **change)
+    assert json.loads((tmp_path / "checkpoints" / f"step-{STOP}" / "manifest.json").read_text())["step"] == STOP
+
+
+def test_a_changed_corpus_is_refused(runs, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(corpus, tmp_path / "text")
+    shutil.copytree(runs.stopped, tmp_path / "run")
+    state = tmp_path / "run" / "checkpoints" / f"step-{STOP}" / "manifest.json"
+    file = next(iter(sorted((tmp_path / "text").glob("*.txt"))))
+    text = file.read_text()
+    file.write_text(text + ".")
+    fast_finish(monkeypatch)
+    moved = {"data": str(corpus)}
+    original = pretrain_module.load_corpus
+    monkeypatch.setattr(pretrain_module, "load_corpus", lambda _, **k: original(tmp_path / "text", **k))
+    recipe = tiny_recipe(tmp_path / "run", corpus, **{**runs.options, **moved})
+    with pytest.raises(ValueError, match=rf"step-{STOP}: the text of .*text has changed.*SHA-256"):
+        pretrain(recipe)
+    assert state.exists()
+    file.write_text(text)  # the text as it was: the run goes on
+    pretrain(recipe)
+    assert same_weights(tmp_path / "run", runs.whole)
+
+
+def test_a_bad_state_falls_back_or_stops(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    fast_finish(monkeypatch)
+    options = {"steps": 5, "save_every": 1, "keep_checkpoints": 2}
+    recipe = tiny_recipe(tmp_path / "a", corpus, **options)
+    with monkeypatch.context() as patch:
+        signal_after(patch, 4)
+        with pytest.raises(InterruptedError):
+            pretrain(recipe)
+    states = tmp_path / "a" / "checkpoints"
+    assert sorted(path.name for path in states.iterdir()) == ["step-3", "step-4"]
+    for name in ("step-3", "step-4"):
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+    (states / "step-4" / "optimizer.pt").write_bytes(b"")
+    pretrain(recipe)
+    assert "step-4/optimizer.pt: 0 of" in capsys.readouterr().out
+    pretrain(tiny_recipe(tmp_path / "whole", corpus, **options))
+    assert same_weights(tmp_path / "a", tmp_path / "whole")
+
+    bad = tmp_path / "step-3"
+    for path in bad.glob("checkpoints/*/optimizer.pt"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no usable state"):
+        pretrain(tiny_recipe(bad, corpus, **options))
+    assert not (bad / "model").exists() and len(list(bad.glob("checkpoints/step-*"))) == 2
+
+
+def test_a_tokenizer_of_another_text_is_not_taken_over(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that stopped before its first state leaves a tokenizer; the next may have another corpus or vocabulary."""
+    fast_finish(monkeypatch)
+    other = write_corpus(tmp_path / "other")
+    for file in other.glob("*.txt"):
+        file.write_text(file.read_text().translate(str.maketrans("abcdefghij", "klmnopqrst")))
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_module, "_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tiny_recipe(tmp_path / "run", other))
+    assert (tmp_path / "run" / "tokenizer").exists()
+    for model in ({"vocab_size": 512}, {"vocab_size": 400}):
+        recipe = tiny_recipe(tmp_path / "run", corpus, steps=1, model=model)
+        pretrain(recipe, restart=model["vocab_size"] == 400)
+        pretrain(tiny_recipe(tmp_path / f"fresh{model['vocab_size']}", corpus, steps=1, model=model))
+        found = [(tmp_path / name / "model" / "tokenizer.json") for name in ("run", f"fresh{model['vocab_size']}")]
+        assert found[0].read_text() == found[1].read_text()
+
+
+def test_stopping_in_the_comparison_keeps_the_model(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dense twin comes last; a stop there costs nothing of the model, and the record is the same in the end."""
+    fast_finish(monkeypatch)
+    options = {"compare": True, "steps": 4}
+    expected = pretrain(tiny_recipe(tmp_path / "whole", corpus, **options))
+    recipe = tiny_recipe(tmp_path / "run", corpus, **options)
+    with monkeypatch.context() as patch:
+        signal_after(patch, 2, title="dense")
+        with pytest.raises(InterruptedError, match="dense"):
+            pretrain(recipe)
+    saved = tmp_path / "run" / "checkpoints" / "step-4" / "manifest.json"
+    with monkeypatch.context() as patch:  # a state that is there already is not written again
+        patch.setattr(pretrain_module, "save_state", lambda *_: pytest.fail("saved again"))
+        assert saved.exists()
+        record = pretrain(recipe)
+    assert (tmp_path / "run" / "load.png").exists()
+    ignored = ("recipe", "train_seconds")
+    assert {k: v for k, v in record.items() if k not in ignored} == {
+        k: v for k, v in expected.items() if k not in ignored
+    }
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_signal_in_the_last_step_stops_before_the_evaluation(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast_finish(monkeypatch)
+    recipe = tiny_recipe(tmp_path, corpus, steps=3)
+    with monkeypatch.context() as patch:
+        signal_after(patch, 3)
+        patch.setattr(pretrain_module, "heldout_bits_per_byte", lambda *_, **__: pytest.fail("evaluated"))
+        with pytest.raises(InterruptedError, match="step 3 of 3"):
+            pretrain(recipe)
+    assert pretrain(recipe)["steps"] == 3
+
+
+def test_two_signals_are_as_good_as_one_and_handlers_come_back(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast_finish(monkeypatch)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        signal_after(patch, 2, signal.SIGINT)
+        signal_after(patch, 2, signal.SIGTERM)
+        with pytest.raises(InterruptedError, match="stopped at step 2"):
+            pretrain(tiny_recipe(tmp_path, corpus))
+        signal_after(patch, 3, signal.SIGTERM)
+        signal_after(patch, 3, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):  # a second Ctrl-C stops at once
+            pretrain(tiny_recipe(tmp_path, corpus))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
+
+
+def test_a_signal_while_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python refuses a print inside a print of the same stream, with an exception in the middle of the training."""
+
+    class Stream:
+        busy = False
+
+        def write(self, text: str) -> int:
+            if self.busy:
+                raise RuntimeError("reentrant call")
+            Stream.busy = True
+            if text.strip():
+                os.kill(os.getpid(), signal.SIGTERM)
+                for _ in range(100):  # the handler runs between two bytecodes
+                    pass
+            Stream.busy = False
+            return len(text)
+
+        def flush(self) -> None: ...
+
+    monkeypatch.setattr(sys, "stdout", Stream())
+    with pretrain_module._stop_signals() as stop:
+        print("hello")
+    assert stop == [signal.SIGTERM]
+
+
+def test_two_runs_on_one_folder(tmp_path: Path, corpus: Path) -> None:
+    recipe = tiny_recipe(tmp_path, corpus)
+    with (tmp_path / ".lock").open("w") as holder:
+        holder.write("pid 123 on elsewhere")
+        holder.flush()
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=rf"{tmp_path}: in use by another run \(pid 123 on elsewhere\)"):
+            pretrain(recipe)
+        with pytest.raises(ValueError, match="in use"):
+            pretrain(recipe, restart=True)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_the_lock_is_held_while_training_and_no_longer(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast_finish(monkeypatch)
+    recipe = tiny_recipe(tmp_path, corpus, steps=2)
+    refused: list[str] = []
+    update = Monitor.update
+
+    def second_run(self, result) -> None:
+        update(self, result)
+        with pytest.raises(ValueError, match=f"pid {os.getpid()} on ") as caught:
+            pretrain(recipe)
+        refused.append(str(caught.value))
+
+    monkeypatch.setattr(Monitor, "update", second_run)
+    pretrain(recipe)
+    assert len(refused) == 2
+    assert pretrain(recipe)["finished"]
+
+
+# --- the loop
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_fit_learns(tmp_path: Path, dtype: str) -> None:
+    model, results = train(tiny_recipe(tmp_path, tmp_path, steps=30, dtype=dtype, learning_rate=0.01))
+    assert [r.step for r in results] == list(range(30))
+    first, last = results[0], results[-1]
+    assert first.ce_loss == pytest.approx(math.log(64), rel=0.05)
+    assert last.ce_loss < 0.75 * first.ce_loss and last.mtp_loss < 0.85 * first.mtp_loss
+    assert first.tokens == 4 * 16 and first.learning_rate == pytest.approx(0.005)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16 if dtype == "bf16" else torch.float32}
+
+
+def capture_gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[int, torch.Tensor]]:
+    """The gradients of each step as the optimizer receives them, unclipped where the recipe's limit is high."""
+    found: list[dict[int, torch.Tensor]] = []
+    step = MasterAdamW.step
+
+    def capture(self: MasterAdamW) -> None:
+        found.append({i: p.grad.clone() for i, p in enumerate(self.parameters)})
+        step(self)
+
+    monkeypatch.setattr(MasterAdamW, "step", capture)
+    return found
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+@pytest.mark.parametrize("even", [True, False])
+def test_micro_batches_equal_one_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro: int, even: bool
+) -> None:
+    """Losses and gradients, with document boundaries that leave each row another number of predicted tokens too."""
+    gradients = capture_gradients(monkeypatch)
+    runs = []
+    data = synthetic_data(40, even=even)
+    for size in (None, micro):
+        recipe = tiny_recipe(tmp_path, tmp_path, steps=2, micro_batch_size=size, grad_clip=1e6, learning_rate=1e-4)
+        runs.append(train(recipe, data=data, seq_balance_coef=0.1 if even else 0.0)[1])
+    predicted = {int((data[row]["labels"][1:] != -100).sum()) for row in range(len(data))}
+    assert (len(predicted) == 1) == even
+    for whole, parts in zip(*runs, strict=True):
+        for name in ("ce_loss", "mtp_loss", "grad_norm", "loss"):
+            assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-5), name
+        # a micro-batch enters it with its share of the predicted tokens, so only even ones give the same number
+        assert parts.balance_loss == pytest.approx(whole.balance_loss, rel=1e-5) and (whole.balance_loss > 0) == even
+        assert torch.equal(parts.counts, whole.counts)
+    for one, two in zip(gradients[:2], gradients[2:], strict=True):
+        for index, expected in one.items():
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(two[index], expected, rtol=0, atol=max(2e-5 * scale, 1e-9))
+
+
+def test_gradients_of_a_step_are_those_of_the_mean_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against autograd through the evaluated formula, so that a factor in the loop cannot hide behind AdamW."""
+    gradients = capture_gradients(monkeypatch)
+    data = synthetic_data(40, even=True)
+    recipe = tiny_recipe(tmp_path, tmp_path, steps=1, micro_batch_size=1, grad_clip=1e6)
+    train(recipe, data=data, num_nextn_predict_layers=0, seq_balance_coef=0.0)
+    model = tiny_model(num_nextn_predict_layers=0, seq_balance_coef=0.0)
+    batch = data.rows(pretrain_module_batch(data))
+    logits = model.train()(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
+    for index, parameter in enumerate(model.parameters()):
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(gradients[0][index], parameter.grad, rtol=0, atol=max(1e-4 * scale, 1e-9))
+
+
+def pretrain_module_batch(data) -> np.ndarray:
+    from deepseek_v3.data import batch_indices
+
+    return batch_indices(len(data), 0, 4, seed=0)
+
+
+def test_gradients_are_clipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = capture_gradients(monkeypatch)
+    _, results = train(tiny_recipe(tmp_path, tmp_path, steps=1, grad_clip=0.01))
+    norm = torch.stack([g.norm() for g in gradients[0].values()]).norm()
+    assert results[0].grad_norm > 1 and float(norm) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "infinite"])
+def test_a_step_that_is_not_finite_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    original = DeepseekV3ForCausalLM.forward
+    calls: list[int] = []
+
+    def broken(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 6:  # the second micro-batch of the third step
+            if where == "gradient":
+                output.loss.register_hook(lambda grad: grad * float("nan"))
+            else:
+                output.loss = output.loss * (float("inf") if where == "infinite" else float("nan"))
+        return output
+
+    monkeypatch.setattr(DeepseekV3ForCausalLM, "forward", broken)
+    after: list[list[torch.Tensor]] = []
+    model = tiny_model()
+    recipe = tiny_recipe(tmp_path, tmp_path, micro_batch_size=2)
+
+    def on_step(_: StepResult) -> bool:
+        after.append([t.clone() for t in model.state_dict().values()])
+        return False
+
+    with pytest.raises(NonFiniteError, match=r"step 2: loss .*gradient norm .*not taken"):
+        fit(model, MasterAdamW(model.parameters(), recipe), synthetic_data(40), recipe, Accelerator(), on_step)
+    assert len(calls) == 6 and len(after) == 2
+    assert all(
+        torch.equal(a, b) and a.isfinite().all() for a, b in zip(after[-1], model.state_dict().values(), strict=True)
+    )
+
+
+def test_a_run_that_is_not_finite_keeps_its_last_state(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast_finish(monkeypatch)
+    recipe = tiny_recipe(tmp_path / "run", corpus, save_every=2)
+    with monkeypatch.context() as patch:
+        original = DeepseekV3ForCausalLM.forward
+        calls: list[int] = []
+
+        def broken(self, *args, **kwargs):
+            calls.append(1)
+            output = original(self, *args, **kwargs)
+            if len(calls) == 4:
+                output.loss = output.loss * float("nan")
+            return output
+
+        patch.setattr(DeepseekV3ForCausalLM, "forward", broken)
+        with pytest.raises(NonFiniteError, match="step 3"):
+            pretrain(recipe)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    pretrain(recipe)
+    pretrain(tiny_recipe(tmp_path / "whole", corpus))
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, dropout: float) -> None:
+    losses = []
+    for checkpointed in (False, True):
+        recipe = tiny_recipe(tmp_path, tmp_path, steps=3, learning_rate=1e-3)
+        model = tiny_model(attention_dropout=dropout)
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        results: list[StepResult] = []
+        optimizer = MasterAdamW(model.parameters(), recipe)
+        fit(model, optimizer, synthetic_data(40), recipe, Accelerator(), lambda r, kept=results: kept.append(r))
+        losses.append([(r.loss, r.grad_norm, r.counts.tolist()) for r in results])
+    assert losses[0] == losses[1]
+
+
+# 20 steps of the run below, on one thread of an x86-64 CPU with torch 2.13.
+GOLDEN: list[float] = []
+
+
+def golden_model() -> DeepseekV3ForCausalLM:
+    """Weights from NumPy's PCG64 words: torch is free to change its random numbers."""
+    model = tiny_model(seq_balance_coef=0.01, bias_update_speed=0.01)
+    stream = np.random.PCG64(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                words = stream.random_raw(parameter.numel()) >> np.uint64(40)
+                uniform = torch.from_numpy(words.astype(np.float64) / 2**23 - 1).view_as(parameter)
+                parameter.copy_(uniform * 1.5 / math.sqrt(parameter.shape[-1]))
+    return model
+
+
+def golden_losses(recipe: Recipe) -> list[float]:
+    model = golden_model()
+    losses: list[float] = []
+    optimizer = MasterAdamW(model.parameters(), recipe)
+    fit(model, optimizer, synthetic_data(40), recipe, Accelerator(), lambda r: losses.append(r.loss))
+    return losses
+
+
+def test_golden_losses(tmp_path: Path) -> None:
+    """Model, losses, routing, optimizer, schedule and data order together, down to the fourth digit.
+
+    A change that moves these numbers changes what every recipe trains: say so in the changelog before new ones come here.
+    """
+    losses = golden_losses(tiny_recipe(tmp_path, tmp_path, steps=20, warmup_steps=4, micro_batch_size=2))
+    assert losses == pytest.approx(GOLDEN, rel=1e-4), [round(loss, 6) for loss in losses]
+
+
+# --- several processes
+
+
+def test_two_ranks_train_as_one_process(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole job, tokenizer, comparison and files included: same batches, same losses, one set of files."""
+    fast_finish(monkeypatch)
+    options = {"compare": True, "steps": 4, "micro_batch_size": 1, "save_every": 2}
+    recipe = tiny_recipe(tmp_path / "two", corpus, **options)
+    saved: list[int] = []
+
+    def job() -> None:
+        original = pretrain_module.save_state
+        pretrain_module.save_state = lambda *args: (saved.append(args[1]), original(*args))[1]
+        record = pretrain(recipe)
+        assert bool(record) == (dist.get_rank() == 0), record
+        assert saved == ([2, 4] if dist.get_rank() == 0 else [])
+        assert bool(pretrain(recipe)) == (dist.get_rank() == 0)  # finished
+
+    assert run_ranks(tmp_path / "ranks", job) == ["done", "done"]
+    expected = pretrain(tiny_recipe(tmp_path / "one", corpus, **options))
+    record = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert record["tokens"] == expected["tokens"]
+    assert record["heldout_bits_per_byte"] == pytest.approx(expected["heldout_bits_per_byte"], rel=1e-4)
+    assert record["baselines_bits_per_byte"] == pytest.approx(expected["baselines_bits_per_byte"], rel=1e-4)
+    for two, one in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+    for name, tensor in weights(tmp_path / "two").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "one")[name], rtol=0, atol=2e-3)
+
+
+def test_a_signal_to_one_rank_stops_both(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast_finish(monkeypatch)
+    recipe = tiny_recipe(tmp_path / "run", corpus)
+    update = Monitor.update
+
+    def job() -> None:
+        def signal_rank_1(self, result) -> None:
+            update(self, result)
+            if result.step == 2 and dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Monitor.update = signal_rank_1
+        pretrain(recipe)
+
+    outcomes = run_ranks(tmp_path / "ranks", job, seconds=30)
+    assert [outcome.partition(",")[0] for outcome in outcomes] == ["InterruptedError: stopped at step 3 of 6"] * 2
+    pretrain(recipe)  # goes on, in one process now
+    pretrain(tiny_recipe(tmp_path / "whole", corpus))
+    for one, two in zip(metrics(tmp_path / "run"), metrics(tmp_path / "whole"), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_a_batch_that_the_ranks_cannot_share(tmp_path: Path, corpus: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", corpus, batch_size=3)
+    outcomes = run_ranks(tmp_path / "ranks", lambda: pretrain(recipe), seconds=30)
+    for outcome in outcomes:
+        assert outcome.startswith("ValueError: ") and "batch_size must be a multiple of world_size 2" in outcome
+
+
+@pytest.mark.slow
+def test_torchrun_trains_as_one_process(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user starts it: two processes of the command."""
+    options = ["--data", str(corpus), "--preset", "tiny", "--steps", "3"]
+    for item in ("heldout_fraction=0.3", "batch_size=4", "sequence_length=32", "log_every=1", "compare=false"):
+        options += ["--set", item]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name, launcher in (
+        ("one", []),
+        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
+    ):
+        command = [sys.executable, *launcher, "-m", "deepseek_v3.cli", "pretrain", *options]
+        command += ["--output-dir", str(tmp_path / name), "--set", "dtype=fp32", "--set", "model={vocab_size: 512}"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+    assert (tmp_path / "two" / "model" / "README.md").exists()
