@@ -2,9 +2,9 @@
 
     python benchmarks/decode.py [--context 4096]
 
-276M parameters (hidden 1024, 16 heads, kv_lora 512, 8 layers, 16 experts top-4), batch 1, one thread. Each side runs in
-its own process at each of its settings; the speed-up compares with stock's best setting of the same dtype. The cache is
-filled with random states, since the cost does not depend on them.
+276M parameters (hidden 1024, 16 heads, kv_lora 512, 8 layers, 16 experts top-4), batch 1, one thread. Each side runs
+in its own process at each of its settings; the speed-up compares with stock's best setting of the same dtype. The
+cache is filled with random states, since the cost does not depend on them.
 """
 
 import argparse
@@ -55,7 +55,11 @@ def measure(side: str, dtype: str, cache_kind: str, attention: str, experts: str
     if experts != "default":
         model.set_experts_implementation(experts)
     steps = 7
-    cache = DynamicCache(config=config) if cache_kind == "dynamic" else StaticCache(config, max_cache_len=context + 2 * steps)
+    cache = (
+        DynamicCache(config=config)
+        if cache_kind == "dynamic"
+        else StaticCache(config, max_cache_len=context + 2 * steps)
+    )
     latent = torch.randn(1, 1, context, config.kv_lora_rank, dtype=model.dtype)
     key_rope = torch.randn(1, 1, context, config.qk_rope_head_dim, dtype=model.dtype)
     for layer in range(config.num_hidden_layers):
@@ -75,7 +79,12 @@ def main() -> None:
         return
     rows = []
     for dtype in ("float32", "bfloat16"):
-        settings = [("stock", c, a, e) for c in ("dynamic", "static") for a in ("sdpa", "eager") for e in ("grouped_mm", "eager")]
+        settings = [
+            ("stock", c, a, e)
+            for c in ("dynamic", "static")
+            for a in ("sdpa", "eager")
+            for e in ("grouped_mm", "eager")
+        ]
         settings += [("ours", cache, "sdpa", "default") for cache in ("dynamic", "static")]
         for side, cache, attention, experts in settings:
             worker = ("--context", str(args.context), "--worker", side, dtype, cache, attention, experts)

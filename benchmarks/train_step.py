@@ -50,7 +50,9 @@ def measure(side: str, dtype: str, attention: str, experts: str, vocab: int, rep
     else:
         from transformers.models.deepseek_v3 import DeepseekV3Config as Config
         from transformers.models.deepseek_v3 import DeepseekV3ForCausalLM as Model
-    model = Model(Config(**SHAPE | {"vocab_size": vocab}, attn_implementation=attention)).to(getattr(torch, dtype)).train()
+    model = (
+        Model(Config(**SHAPE | {"vocab_size": vocab}, attn_implementation=attention)).to(getattr(torch, dtype)).train()
+    )
     if experts != "default":
         model.set_experts_implementation(experts)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -63,7 +65,11 @@ def measure(side: str, dtype: str, attention: str, experts: str, vocab: int, rep
         optimizer.zero_grad()
 
     seconds = median_seconds(step, repeats)
-    return {"tokens_per_second": BATCH * LENGTH / seconds, "peak_mib": peak_rss_mib(), "step_mib": peak_rss_mib() - before}
+    return {
+        "tokens_per_second": BATCH * LENGTH / seconds,
+        "peak_mib": peak_rss_mib(),
+        "step_mib": peak_rss_mib() - before,
+    }
 
 
 def main() -> None:
@@ -76,7 +82,9 @@ def main() -> None:
         print(json.dumps(measure(side, dtype, attention, experts, int(vocab), int(repeats))))
         return
     vocab, repeats = ("32768", "1") if args.memory else (str(SHAPE["vocab_size"]), "5")
-    settings = [("stock", d, a, e) for d in ("float32", "bfloat16") for a in ("sdpa", "eager") for e in ("grouped_mm", "eager")]
+    settings = [
+        ("stock", d, a, e) for d in ("float32", "bfloat16") for a in ("sdpa", "eager") for e in ("grouped_mm", "eager")
+    ]
     settings += [("ours", d, "sdpa", "default") for d in ("float32", "bfloat16")]
     rows = []
     for side, dtype, attention, experts in settings:

@@ -7,6 +7,11 @@ from string import Template
 from typing import Any
 
 TEMPLATE = Path(__file__).with_name("pretraining_card.md")
+CONFIG_FIELDS = (
+    *("num_hidden_layers", "first_k_dense_replace", "hidden_size", "num_attention_heads", "kv_lora_rank"),
+    *("qk_rope_head_dim", "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size"),
+    *("num_nextn_predict_layers", "vocab_size"),
+)
 
 
 def _table(rows: Mapping[str, object]) -> str:
@@ -20,8 +25,9 @@ def write_pretraining_card(folder: str | Path, record: Mapping[str, Any], weight
         ValueError: the record lacks a field that the card states (named), or `config.json` cannot be read.
     """
     folder = Path(folder)
+    config = _read_config(folder / "config.json")
     try:
-        fields = _fields(folder, record)
+        fields = _fields(folder, config, record)
     except KeyError as error:
         raise ValueError(f"model card of {folder}: the run's record has no field {error}") from None
     card = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(fields, weights_licence=weights_licence)
@@ -30,8 +36,18 @@ def write_pretraining_card(folder: str | Path, record: Mapping[str, Any], weight
     return path
 
 
-def _fields(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
-    config = json.loads((folder / "config.json").read_text())
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        missing = [name for name in CONFIG_FIELDS if name not in config]
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    if missing:
+        raise ValueError(f"{path}: has no field {', '.join(missing)}")
+    return config
+
+
+def _fields(folder: Path, config: dict[str, Any], record: Mapping[str, Any]) -> dict[str, str]:
     recipe, corpus, environment = record["recipe"], record["corpus"], record["environment"]
     parameters, load, mtp = record["parameters"], record["load"], record["mtp"]
     architecture = {

@@ -33,7 +33,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, `softmax(q k^T * scaling + mask) v`, softmax in fp32: `[B, H, S, d] -> [B, S, H, v]`, weights."""
+    """The definition, `softmax(q k^T * scaling + mask) v` in fp32: `[B, H, S, d] -> [B, S, H, v]`, and the weights."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -45,7 +45,7 @@ def eager_attention(
 def sdpa_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
 ) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA; on CPU with the value padded to the key's width: torch has a fused kernel for that case only."""
+    """transformers' SDPA; on CPU with the value padded to the key's width: only so torch has a fused kernel there."""
     value_dim = value.shape[-1]
     if value.device.type == "cpu" and value_dim < key.shape[-1]:
         value = F.pad(value, (0, key.shape[-1] - value_dim))

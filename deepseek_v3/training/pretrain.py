@@ -107,7 +107,7 @@ def _run(
 
     if found is None:
         torch.manual_seed(recipe.seed)
-        model, start = DeepseekV3ForCausalLM(config).to(dtype), 0
+        model, start = _new_model(config, dtype), 0
     else:
         model = DeepseekV3ForCausalLM.from_pretrained(found[0] / "model", dtype=dtype)
         start = found[1]["step"]
@@ -173,7 +173,9 @@ def _run(
         dense = _train_dense(recipe, config, data, model.dtype)
         if main:
             results["baselines_bits_per_byte"]["dense"] = dense
-    return _finish(recipe, output, data, model, monitor, recent, results) if main else {}
+    record = _finish(recipe, output, data, model, monitor, recent, results) if main else {}
+    accelerator.wait_for_everyone()
+    return record
 
 
 def _evaluate(
@@ -262,7 +264,7 @@ def _train_dense(recipe: Recipe, config: DeepseekV3Config, data: TextData, dtype
     say("training a dense model of equal compute")
     torch.manual_seed(recipe.seed)
     accelerator = Accelerator()
-    model = DeepseekV3ForCausalLM(dense_twin(config)).to(accelerator.device, dtype)
+    model = _new_model(dense_twin(config), dtype).to(accelerator.device)
     optimizer = MasterAdamW(model.parameters(), recipe)
     every = max(recipe.log_every, recipe.steps // 10)
     monitor = Monitor(None, recipe.steps, 0, every, data.bytes_per_token, "dense")
@@ -277,6 +279,14 @@ def _train_dense(recipe: Recipe, config: DeepseekV3Config, data: TextData, dtype
     if done < recipe.steps:
         raise InterruptedError("stopped while training the dense model; the trained model's state is saved")
     return heldout_bits_per_byte(model, data.heldout, data.corpus.heldout_bytes, recipe.document_mask)
+
+
+def _new_model(config: DeepseekV3Config, dtype: torch.dtype) -> DeepseekV3ForCausalLM:
+    """Parameters in `dtype`; buffers stay fp32, as on loading: rope's frequencies in bf16 would be another model's."""
+    model = DeepseekV3ForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _any_rank(received: list[int]) -> bool:

@@ -1,5 +1,6 @@
 """The routing bias: its update rule, when it fires, what it is made from, and the statistics of the load."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -58,7 +59,7 @@ def test_update_is_centred_and_of_the_stated_size(loads: list[int], speed: float
     update_routing_bias(nn.ModuleList([router]), speed)
     bias, mean = router.e_score_correction_bias, sum(loads) / 8
     assert abs(float(bias.double().mean())) <= 1e-7
-    for i, j in ((i, j) for i in range(8) for j in range(i)):
+    for i, j in itertools.combinations(range(8), 2):
         sign = [(load < mean) - (load > mean) for load in (loads[i], loads[j])]
         assert float(bias[i] - bias[j]) == pytest.approx(speed * (sign[0] - sign[1]), abs=1e-6)
 

@@ -171,7 +171,7 @@ def test_pruning_keeps_the_newest_and_comes_last(tmp_path: Path, monkeypatch: py
 
 
 def test_a_refused_newer_state_does_not_push_out_good_ones(tmp_path: Path) -> None:
-    """After a fall back from step 20 to step 10 the run saves step 15: that one must stay, with one state to keep too."""
+    """After a fall back from step 20 to 10 the run saves step 15: that one must stay, with one state to keep too."""
     save(tmp_path, 10)
     save(tmp_path, 20)
     (tmp_path / "step-20" / "optimizer.pt").write_bytes(b"")

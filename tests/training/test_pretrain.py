@@ -111,7 +111,9 @@ def test_what_a_run_leaves(finished: tuple[Recipe, dict], corpus: Path) -> None:
     values = [record["heldout_bits_per_byte"], *record["baselines_bits_per_byte"].values()]
     assert all(0.5 < value < 8 for value in values) and len(set(values)) == 4
     assert record["mtp"]["drafts"] > 0 and 0 <= record["mtp"]["acceptance"] <= 1
-    assert record["load"]["max_violation_first"] > 0 and 0 <= record["load"]["dead_experts_last"] <= 1
+    violations = [row["max_violation"] for row in metrics(output) if "ce_loss" in row]
+    assert record["load"]["max_violation_peak"] == max(violations) > 0
+    assert record["load"]["max_violation_last"] == violations[-1] and 0 <= record["load"]["dead_experts_last"] <= 1
 
 
 def test_metrics_of_a_run(finished: tuple[Recipe, dict]) -> None:
@@ -242,8 +244,8 @@ def test_a_restart_that_cannot_begin_removes_nothing(
 
 # --- resuming
 
-# Everything that a state has to carry: dropout (random numbers), accumulation, moments, the routing bias, averages that
-# are only half collected when the run stops, and data that go on in the second epoch.
+# Everything that a state has to carry: dropout (random numbers), accumulation, moments, the routing bias, averages
+# that are only half collected when the run stops, and data that go on in the second epoch.
 LONG = {
     "steps": 12,
     "batch_size": 8,
@@ -283,6 +285,7 @@ def tensors(tree: object, prefix: str = "") -> dict[str, object]:
 def same(one: dict, two: dict) -> bool:
     a, b = tensors(one), tensors(two)
     assert a.keys() == b.keys() and len(a) > 100
+    a = {key: value for key, value in a.items() if not key.endswith("seconds")}
     return all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
 
 
@@ -290,7 +293,7 @@ def same(one: dict, two: dict) -> bool:
 def runs(
     request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> types.SimpleNamespace:
-    """An uninterrupted run, and the folder of one that was stopped after 7 of its 12 steps."""
+    """In fp32 and bf16: an uninterrupted run, and the folder of one that was stopped after 7 of its 12 steps."""
     folder = tmp_path_factory.mktemp(request.param)
     options = {**LONG, "dtype": request.param}
     with pytest.MonkeyPatch.context() as patch:
@@ -718,8 +721,30 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, dropout: float) 
     assert losses[0] == losses[1]
 
 
-# 20 steps of the run below, on one thread of an x86-64 CPU with torch 2.13.
-GOLDEN: list[float] = []
+# Nothing is left to defaults, which may change.
+GOLDEN_RECIPE = Recipe(
+    preset="tiny",
+    document_mask=True,
+    batch_size=4,
+    micro_batch_size=2,
+    steps=20,
+    learning_rate=0.003,
+    warmup_steps=4,
+    min_lr_ratio=0.1,
+    weight_decay=0.1,
+    beta1=0.9,
+    beta2=0.95,
+    grad_clip=1.0,
+    bias_update_until=0.9,
+    dtype="fp32",
+    seed=2,
+)
+# Its losses on an x86-64 CPU with torch 2.13. No choice of experts is a near tie: weights that
+# differ by 1e-5 of themselves move no loss by more than 1e-4.
+GOLDEN = [
+    *(5.456481, 5.440717, 5.256368, 4.488596, 4.835789, 4.66319, 4.124284, 4.733158, 4.561058, 4.306808),
+    *(3.709067, 3.435902, 3.168314, 3.342382, 3.452222, 3.101366, 3.286793, 2.75106, 2.952708, 2.995115),
+]
 
 
 def golden_model() -> DeepseekV3ForCausalLM:
@@ -743,12 +768,12 @@ def golden_losses(recipe: Recipe) -> list[float]:
     return losses
 
 
-def test_golden_losses(tmp_path: Path) -> None:
+def test_golden_losses() -> None:
     """Model, losses, routing, optimizer, schedule and data order together, down to the fourth digit.
 
-    A change that moves these numbers changes what every recipe trains: say so in the changelog before new ones come here.
+    What moves these numbers changes what every recipe trains: the changelog says so before new ones come here.
     """
-    losses = golden_losses(tiny_recipe(tmp_path, tmp_path, steps=20, warmup_steps=4, micro_batch_size=2))
+    losses = golden_losses(GOLDEN_RECIPE)
     assert losses == pytest.approx(GOLDEN, rel=1e-4), [round(loss, 6) for loss in losses]
 
 

@@ -1,0 +1,176 @@
+"""The model card against the record of a real run: every figure, every missing field, the front matter, the code."""
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from deepseek_v3.configuration import preset
+from deepseek_v3.hub import write_pretraining_card
+from deepseek_v3.training import pretrain
+from tests.training.helpers import pretrain_module, tiny_recipe, write_corpus
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("card")
+    recipe = tiny_recipe(folder / "run", write_corpus(folder / "corpus"), compare=True, steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain_module, "write_samples", lambda *_: "")
+        return folder / "run" / "model", pretrain(recipe)
+
+
+@pytest.fixture
+def record(run: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+    return copy.deepcopy(run[1])
+
+
+def table(card: str, heading: str) -> dict[str, str]:
+    """The rows of the table under `## heading`."""
+    section = card.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    assert all(len(row) == 2 for row in rows)
+    return dict(rows)
+
+
+def test_every_figure_is_the_record_s(run: tuple[Path, dict[str, Any]], record: dict[str, Any]) -> None:
+    path = write_pretraining_card(run[0], record)
+    assert path == run[0] / "README.md"
+    card = path.read_text()
+    assert "$" not in card and "None" not in card and "n/a" not in card
+
+    config, parameters = preset("tiny"), record["parameters"]
+    architecture = table(card, "Architecture")
+    assert architecture["layers"] == f"{config.num_hidden_layers}, the first {config.first_k_dense_replace} dense"
+    assert architecture["hidden size"] == str(config.hidden_size)
+    for text in (f"{config.num_attention_heads} heads", f"latent {config.kv_lora_rank}"):
+        assert text in architecture["attention"]
+    for text in (f"{config.n_routed_experts} routed (top {config.num_experts_per_tok})", "1 shared", "each 32 wide"):
+        assert text in architecture["experts"]
+    assert architecture["vocabulary"] == "512"
+    assert architecture["MTP layers"] == f"1 ({parameters['mtp']:,} parameters)"
+    assert architecture["parameters"] == f"{parameters['total']:,} total, {parameters['activated']:,} per token"
+    assert f"{parameters['total'] / 1e6:.1f}M parameters" in card.replace("\n", " ")
+
+    training, recipe, environment = table(card, "Training"), record["recipe"], record["environment"]
+    assert training["tokens"] == f"{record['tokens']:,} in 3 steps of 4 x 32"
+    assert f"{record['train_flops']:.3g} FLOPs, {record['train_seconds']} s on cpu" in training["compute"]
+    for key in ("beta1", "beta2", "weight_decay", "learning_rate"):
+        assert str(recipe[key]) in training["optimizer"]
+    assert (training["precision"], training["seed"]) == (record["dtype"], str(recipe["seed"]))
+    for key in ("python", "torch", "transformers"):
+        assert environment[key] in training["versions"]
+    assert training["date"] == record["date"]
+
+    evaluation = table(card, "Evaluation")
+    bits = record["heldout_bits_per_byte"]
+    assert evaluation.pop("**this model**") == f"**{bits:.3f}**"
+    found = [evaluation[row] for row in evaluation if row not in ("model", "---")]
+    assert found == [f"{record['baselines_bits_per_byte'][key]:.3f}" for key in ("gzip", "5-gram", "dense")]
+    flat = re.sub(r"\s+", " ", card)
+    mtp, load, corpus = record["mtp"], record["load"], record["corpus"]
+    assert f"{mtp['acceptance']:.1%} of {mtp['drafts']:,} drafts accepted, {mtp['tokens_per_forward']:.2f} tok" in flat
+    assert f"peaked at {load['max_violation_peak']:.2f} and was {load['max_violation_last']:.2f}" in flat
+    assert f"in the last steps: {load['dead_experts_last']:.1%}." in flat
+    for key in ("train_documents", "train_bytes", "heldout_documents", "heldout_bytes"):
+        assert f"{corpus[key]:,} " in flat
+    assert corpus["sha256"] in flat
+
+
+def leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in tree.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+
+
+def test_a_changed_figure_changes_the_card(run: tuple[Path, dict[str, Any]], record: dict[str, Any]) -> None:
+    """No figure is written down twice or computed from another one."""
+    before = write_pretraining_card(run[0], record).read_text()
+    shown = 0
+    for path in leaves(record):
+        changed = copy.deepcopy(record)
+        inner = changed
+        for key in path[:-1]:
+            inner = inner[key]
+        if type(inner[path[-1]]) in (int, float) and path[0] != "recipe":
+            inner[path[-1]] = 12_345_678
+            assert write_pretraining_card(run[0], changed).read_text() != before, path
+            shown += 1
+    assert shown >= 20
+
+
+NEEDED = [
+    *[
+        (key,)
+        for key in ("recipe", "steps", "tokens", "train_seconds", "train_flops", "parameters", "dtype", "corpus")
+    ],
+    *[(key,) for key in ("heldout_bits_per_byte", "baselines_bits_per_byte", "mtp", "load", "environment", "date")],
+    *[("recipe", key) for key in ("batch_size", "sequence_length", "beta1", "beta2", "weight_decay", "seed")],
+    *[("parameters", key) for key in ("total", "activated", "mtp")],
+    *[("corpus", key) for key in ("name", "licence", "sha256", "train_documents", "train_bytes", "heldout_bytes")],
+    *[("mtp", key) for key in ("acceptance", "drafts", "tokens_per_forward")],
+    *[("load", key) for key in ("max_violation_peak", "max_violation_last", "dead_experts_last")],
+    *[("environment", key) for key in ("python", "torch", "transformers", "device", "threads")],
+]
+
+
+@pytest.mark.parametrize("path", NEEDED, ids=".".join)
+def test_a_missing_field_is_named(run: tuple[Path, dict[str, Any]], record: dict[str, Any], path: tuple[str]) -> None:
+    inner = record
+    for key in path[:-1]:
+        inner = inner[key]
+    del inner[path[-1]]
+    (run[0] / "README.md").write_text("the card before")
+    with pytest.raises(ValueError, match=f"record has no field '{path[-1]}'"):
+        write_pretraining_card(run[0], record)
+    assert (run[0] / "README.md").read_text() == "the card before"
+
+
+def test_a_config_that_cannot_be_used_is_named(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
+    config = json.loads((run[0] / "config.json").read_text())
+    del config["kv_lora_rank"]
+    for content in (None, "{", "[]", json.dumps(config)):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=str(tmp_path / "config.json")) as caught:
+            write_pretraining_card(tmp_path, run[1])
+    assert "kv_lora_rank" in str(caught.value)
+
+
+def test_front_matter_is_read_by_the_hub_library(run: tuple[Path, dict[str, Any]], record: dict[str, Any]) -> None:
+    card = ModelCard.load(write_pretraining_card(run[0], record, weights_licence="mit"))
+    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
+        "mit",
+        "transformers",
+        "text-generation",
+    )
+    assert "deepseek_v3" in card.data.tags
+    assert card.text.lstrip().startswith("# DeepSeek-V3 architecture")
+    assert "Weights: mit." in card.text
+
+
+def test_without_mtp_licence_or_moe(run: tuple[Path, dict[str, Any]], record: dict[str, Any]) -> None:
+    record["mtp"] = None
+    record["corpus"]["licence"] = "PSF-2.0"
+    record["load"] = dict.fromkeys(record["load"])
+    record["baselines_bits_per_byte"] = {}
+    card = write_pretraining_card(run[0], record).read_text()
+    assert "has no MTP layer" in card and "Licence: PSF-2.0." in card and "use_mtp=False" in card
+    assert "None" not in card
+
+
+def test_the_code_in_the_card_runs(
+    run: tuple[Path, dict[str, Any]], record: dict[str, Any], capsys: pytest.CaptureFixture
+) -> None:
+    for mtp in (record["mtp"], None):
+        card = write_pretraining_card(run[0], {**record, "mtp": mtp}).read_text()
+        (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+        assert str(run[0]) in code and f"use_mtp={bool(mtp)}" in code
+        exec(code, {})
+        assert "def main(" in capsys.readouterr().out

@@ -1,0 +1,251 @@
+"""The command: what it parses and prints, its messages and exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deepseek_v3 import __version__, cli
+from tests.training.helpers import fast_finish, pretrain_module, signal_after, tiny_recipe, write_corpus
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--preset", "tiny", "--set", "heldout_fraction=0.3", "--set", "model={vocab_size: 512}"]
+SMALL += ["--set", "sequence_length=32", "--set", "batch_size=4", "--set", "dtype=fp32", "--set", "log_every=1"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Checkpoints with 1 and with no MTP layer."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        fast_finish(patch)
+        for depth in (1, 0):
+            output = tmp_path_factory.mktemp(f"mtp{depth}")
+            model = {"vocab_size": 512, "num_nextn_predict_layers": depth}
+            pretrain_module.pretrain(tiny_recipe(output, corpus, steps=2, model=model))
+            found[depth] = output / "model"
+    return found
+
+
+def overrides(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict:
+    """What the recipe is asked for by a command line; nothing is run."""
+    import deepseek_v3.training
+
+    seen: dict = {}
+
+    class Fake:
+        @staticmethod
+        def load(path, **values):
+            seen.update(values, path=path)
+            raise ValueError("enough")
+
+    monkeypatch.setattr(deepseek_v3.training, "Recipe", Fake)
+    assert cli.main(["pretrain", *arguments]) == 1
+    return seen
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["generate", "--help"], ["--version"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(arguments)
+    assert exit.value.code == 0
+    printed = capsys.readouterr().out
+    expected = {"--help": ["pretrain", "generate"], "pretrain": ["--data", "--set", "--restart"]}
+    expected |= {"generate": ["checkpoint", "--drafts", "--chat"], "--version": [__version__]}
+    for word in expected[arguments[0]]:
+        assert word in printed
+
+
+@pytest.mark.parametrize("arguments", [[], ["prettrain"], ["generate"], ["pretrain", "--steps", "few"]])
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(arguments)
+    assert exit.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("stepz: 3", ["unknown field stepz"]),
+        ("steps: many", ["steps", "'many'"]),
+        ("batch_size: 0", ["batch_size", "1 to"]),
+        ("model: {n_group: 3}\npreset: tiny", ["n_group"]),
+        ("steps: [1", ["cannot be read"]),
+    ],
+)
+def test_a_bad_recipe(tmp_path: Path, capsys: pytest.CaptureFixture, text: str, parts: list[str]) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    assert cli.main(["pretrain", str(path), "--output-dir", str(tmp_path / "run")]) == 1
+    printed = capsys.readouterr()
+    for part in (str(path), *parts):
+        assert part in printed.err
+    assert "Traceback" not in printed.err and not printed.out and not (tmp_path / "run").exists()
+
+
+def test_errors_of_other_kinds(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = str(tmp_path / "missing.yaml")
+    assert cli.main(["pretrain", missing]) == 1 and missing in capsys.readouterr().err
+    text = str(tmp_path / "text")
+    assert cli.main(["pretrain", *SMALL, "--data", text, "--output-dir", str(tmp_path / "run")]) == 1
+    assert f"{text}: no such file or folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["generate", str(tmp_path / "empty"), "x"]) == 1
+    assert str(tmp_path / "empty") in capsys.readouterr().err
+    assert cli.main(["generate", str(tmp_path / "nowhere"), "x"]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "_pretrain", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["pretrain"]) == 130
+
+
+def test_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [
+        "seed=3",
+        "learning_rate=0.5",
+        "heldout=null",
+        "model={hidden_size: 32, n_group: 1}",
+        "data=a=b",
+        "tokenizer=",
+    ]
+    seen = overrides(monkeypatch, *(part for option in options for part in ("--set", option)))
+    assert seen.pop("path").name == "quickstart.yaml"
+    assert seen == {
+        "seed": 3,
+        "learning_rate": 0.5,
+        "heldout": None,
+        "model": {"hidden_size": 32, "n_group": 1},
+        "data": "a=b",
+        "tokenizer": None,
+    }
+
+
+def test_options_win_over_set_and_are_left_out_if_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(overrides(monkeypatch)) == {"path"}
+    arguments = ["r.yaml", "--data", "x", "--heldout", "y", "--preset", "tiny", "--output-dir", "o", "--steps", "5"]
+    seen = overrides(monkeypatch, *arguments, "--set", "steps=7", "--set", "data=z")
+    assert seen == {"path": "r.yaml", "data": "x", "heldout": "y", "preset": "tiny", "output_dir": "o", "steps": 5}
+
+
+@pytest.mark.parametrize("item", ["steps", "steps=[1", "=3", "stepz=3", "steps=x", "model={a: b: c}", "data=\x00"])
+def test_a_bad_set_is_named(item: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["pretrain", "--output-dir", str(tmp_path / "run"), "--set", item]) == 1
+    error = capsys.readouterr().err
+    assert item.partition("=")[0] in error and "Traceback" not in error and not (tmp_path / "run").exists()
+    assert error.startswith("deepseek-v3: ")
+
+
+def test_numbers_in_scientific_notation(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["pretrain", *SMALL, "--data", str(tmp_path / "none"), "--output-dir", str(tmp_path / "run")]
+    assert cli.main([*command, "--set", "learning_rate=1e-3"]) == 1
+    assert "no such file" in capsys.readouterr().err  # the recipe was fine
+
+
+def test_pretrain_reports_and_writes_the_card(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast_finish(monkeypatch)
+    command = ["pretrain", *SMALL, "--data", str(corpus), "--output-dir", str(tmp_path), "--steps", "2"]
+    for _ in range(2):  # the second call finds the run finished and reports it again
+        assert cli.main(command) == 0
+        printed = capsys.readouterr().out
+        record = json.loads((tmp_path / "run.json").read_text())
+        report = printed[printed.index("held-out bits per byte") :].splitlines()
+        figures = {line[:24].strip(): line[24:] for line in report[1:5]}
+        assert figures == {
+            "this model": f"{record['heldout_bits_per_byte']:.3f}",
+            "gzip -9": f"{record['baselines_bits_per_byte']['gzip']:.3f}",
+            "5-gram": f"{record['baselines_bits_per_byte']['5-gram']:.3f}",
+            "dense, equal compute": f"{record['baselines_bits_per_byte']['dense']:.3f}",
+        }
+        assert [float(value) for value in figures.values()] == sorted(map(float, figures.values()))
+        assert "50.0% of 2 drafts accepted, 1.50 tokens per forward pass" in printed
+        (tmp_path / "model" / "README.md").unlink()
+    assert "this run is finished (2 steps)" in printed
+    assert cli.main([*command[:-1], "3"]) == 1
+    assert "finished run with steps = 2, the recipe has 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_with_the_same_command(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fast_finish(monkeypatch)
+    command = ["pretrain", *SMALL, "--data", str(corpus), "--output-dir", str(tmp_path), "--steps", "4"]
+    command += ["--set", "compare=false"]
+    with monkeypatch.context() as patch:
+        signal_after(patch, 2, number)
+        assert cli.main(command) == 75
+    error = capsys.readouterr().err
+    assert "stopped at step 2 of 4" in error and "the same command goes on" in error
+    assert (tmp_path / "checkpoints" / "step-2").is_dir() and not (tmp_path / "run.json").exists()
+    assert cli.main(command) == 0
+    assert "continuing at step 2" in capsys.readouterr().out
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def generate(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[str, str]:
+    assert cli.main(["generate", *arguments, "--max-new-tokens", "12"]) == 0
+    printed = capsys.readouterr()
+    return printed.out, printed.err
+
+
+def test_generate_with_and_without_mtp(checkpoints: dict[int, Path], capsys: pytest.CaptureFixture) -> None:
+    """Greedy text is the same with drafts and without; only the former tells how many were accepted."""
+    model = str(checkpoints[1])
+    drafted, error = generate(capsys, model, "abc def")
+    assert drafted.startswith("abc def") and len(drafted) > len("abc def\n") + 3
+    assert "[MTP: " in error and "accepted" in error
+    plain, error = generate(capsys, model, "abc def", "--drafts", "0")
+    assert plain == drafted and "MTP" not in error
+    assert generate(capsys, model, "abc def", "--drafts", "3")[0] == plain
+    other, error = generate(capsys, str(checkpoints[0]), "abc def")  # no MTP layer: decodes without being told
+    assert other.startswith("abc def") and "MTP" not in error
+
+
+def test_generate_samples_by_seed(checkpoints: dict[int, Path], capsys: pytest.CaptureFixture) -> None:
+    arguments = [str(checkpoints[1]), "abc", "--temperature", "1.5", "--top-p", "0.95"]
+    first = generate(capsys, *arguments, "--seed", "1")[0]
+    assert first == generate(capsys, *arguments, "--seed", "1")[0] != generate(capsys, *arguments, "--seed", "2")[0]
+
+
+def test_generate_in_a_chat(checkpoints: dict[int, Path], capsys: pytest.CaptureFixture) -> None:
+    for model in map(str, checkpoints.values()):
+        chat = generate(capsys, model, "abc", "--chat")[0]
+        assert "abc" in chat and chat != generate(capsys, model, "abc")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_interruption(tmp_path: Path, corpus: Path, number: int) -> None:
+    """From outside, as a user or a scheduler does it."""
+    command = [sys.executable, "-m", "deepseek_v3.cli", "pretrain", *SMALL, "--data", str(corpus), "--steps", "400"]
+    command += ["--output-dir", str(tmp_path), "--set", "compare=false"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    limit = time.monotonic() + 120
+    while not (tmp_path / "metrics.jsonl").exists() or len((tmp_path / "metrics.jsonl").read_text().splitlines()) < 20:
+        assert process.poll() is None and time.monotonic() < limit, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert "stopping after this step" in error and "the same command goes on from there" in error
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "continuing at step" in done.stdout
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines() if "ce_loss" in line
+    ]
+    assert steps == list(range(1, 401))
