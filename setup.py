@@ -50,7 +50,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["deepseek_v3", "deepseek_v3.*"]),
-    package_data={"": ["py.typed", "*.jinja", "*.json", "*.yaml"]},
+    package_data={"": ["py.typed", "*.jinja", "*.json", "*.yaml", "*.md"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["deepseek-v3 = deepseek_v3.cli:main"]},

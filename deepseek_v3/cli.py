@@ -132,8 +132,8 @@ def _generate(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 error (message on stderr), 75 interrupted and saved."""
     args = build_parser().parse_args(argv)
-    # Read when torch starts its threads. By default idle ones spin, which on a busy machine costs up to 10x.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch starts its threads. By default idle ones spin for long, which on a busy machine costs up to 10x.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         return args.run(args)
     except InterruptedError as error:

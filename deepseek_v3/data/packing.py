@@ -1,8 +1,8 @@
 """Packing: documents become rows of one length, with their boundaries declared through position ids.
 
 A document is ``BOS token … token EOS``, and documents follow each other without padding. Position ids restart at 0 at
-each document start and at each row start: that is how a packed boundary is declared to the model, which then keeps
-attention inside a document.
+each document start and at each row start: that is how a packed boundary is declared to the model, which keeps
+attention inside a document if it is given them.
 
 Labels equal the input ids (the model shifts them), with one exception: the first token of each document is -100.
 Predicting "BOS" from the EOS before it is certain, teaches nothing and would flatter the loss.
@@ -45,7 +45,8 @@ class PackedDataset:
         stream: ``[tokens]`` uint16 (uint32 for ids above 65,535), all documents one after the other.
         document_starts: ``[documents]`` int64, sorted offsets of document starts in `stream`.
         sequence_length: tokens per row.
-        stride: offset from one row's start to the next: `sequence_length`, or one less for evaluation.
+        stride: offset from one row's start to the next: `sequence_length`, or less for evaluation. What a row repeats
+            of the one before is context: its labels are -100.
     """
 
     stream: np.ndarray
@@ -71,6 +72,8 @@ class PackedDataset:
         position_ids = np.arange(self.sequence_length) - np.maximum.accumulate(latest_start)
         labels = input_ids.copy()
         labels[starts] = IGNORE_INDEX
+        if row > 0:
+            labels[: self.sequence_length - self.stride] = IGNORE_INDEX
         arrays = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
         return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
@@ -87,6 +90,7 @@ def pack_documents(
     bos_id: int,
     eos_id: int,
     evaluation: bool = False,
+    context: int = 1,
 ) -> PackedDataset:
     """Pack tokenized documents (without special tokens) into rows.
 
@@ -94,15 +98,21 @@ def pack_documents(
         token_docs: token ids per document. BOS and EOS are added here: the DeepSeek tokenizer adds neither.
         sequence_length: tokens per row, at least 2.
         evaluation: False (training) drops the last, partial row: less than one row is lost, and every batch is full.
-            True makes rows overlap by one token and fills the last row with one-token documents of EOS (label -100),
-            so that every token but BOS is predicted exactly once. Summed losses then cover the text, and
-            `metrics.bits_per_byte` holds.
+            True makes rows overlap and fills the last row with one-token documents of EOS (label -100), so that every
+            token but BOS is predicted exactly once. Summed losses then cover the text, and `metrics.bits_per_byte`
+            holds.
+        context: for evaluation, how many tokens rows overlap by, that is how many at least precede a predicted token
+            (but in the first row): 1 to `sequence_length` - 1. Evaluation takes longer by
+            `sequence_length / (sequence_length - context)`.
 
     Raises:
-        ValueError: `sequence_length` below 2, no document, too little text for one training row, or a negative id.
+        ValueError: `sequence_length` below 2, `context` out of its range, no document,
+            too little text for one training row, or a negative id.
     """
     if sequence_length < 2:
         raise ValueError(f"sequence_length must be at least 2, found {sequence_length}")
+    if not 1 <= context < sequence_length:
+        raise ValueError(f"context must lie in [1, sequence_length - 1 = {sequence_length - 1}], found {context}")
     pieces = [np.concatenate(([bos_id], np.asarray(doc, dtype=np.int64), [eos_id])) for doc in token_docs]
     if not pieces:
         raise ValueError("pack_documents: no documents")
@@ -112,9 +122,10 @@ def pack_documents(
     if stream.min() < 0 or stream.max() >= 2**32:
         raise ValueError(f"pack_documents: token ids must lie in [0, 2**32), found {stream.min()} to {stream.max()}")
 
-    stride = sequence_length - 1 if evaluation else sequence_length
+    stride = sequence_length - context if evaluation else sequence_length
     if evaluation:
-        filler = (sequence_length - len(stream)) % stride
+        missing = sequence_length - len(stream)
+        filler = missing if missing > 0 else missing % stride
         starts = np.concatenate([starts, len(stream) + np.arange(filler)])
         stream = np.concatenate([stream, np.full(filler, eos_id)])
     elif len(stream) < sequence_length:

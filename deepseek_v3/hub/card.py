@@ -96,6 +96,8 @@ def _fields(folder: Path, config: dict[str, Any], record: Mapping[str, Any]) -> 
         f"training and {corpus['heldout_documents']:,} documents, {corpus['heldout_bytes']:,} bytes held out, split "
         f"by a hash of the document names. SHA-256 of the text: `{corpus['sha256']}`. Licence: {licence}.",
         "training": _table(training),
+        "sequence_length": str(recipe["sequence_length"]),
+        "context": str(recipe["sequence_length"] // 2),
         "evaluation": _table(evaluation),
         "mtp": mtp_text,
         "maxvio_peak": "n/a" if load["max_violation_peak"] is None else f"{load['max_violation_peak']:.2f}",

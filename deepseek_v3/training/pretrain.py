@@ -70,7 +70,8 @@ def pretrain(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
     _keep_freed_memory()
-    accelerator = Accelerator()
+    # without being told of the CPU, torchrun's processes would each be a run of their own there
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     main = accelerator.is_main_process
     with _locked(output) if main else nullcontext():
         record = {} if restart else _read_record(output, recipe)
@@ -170,7 +171,7 @@ def _run(
         raise InterruptedError(f"stopped at step {done} of {recipe.steps}, saved in {states / f'step-{done}'}")
     results = _evaluate(recipe, output, data, model, monitor) if main else {}
     if recipe.compare:  # every rank takes part
-        dense = _train_dense(recipe, config, data, model.dtype)
+        dense = _train_dense(recipe, config, data, model.dtype, accelerator)
         if main:
             results["baselines_bits_per_byte"]["dense"] = dense
     record = _finish(recipe, output, data, model, monitor, recent, results) if main else {}
@@ -259,11 +260,12 @@ def _finish(
     return record
 
 
-def _train_dense(recipe: Recipe, config: DeepseekV3Config, data: TextData, dtype: torch.dtype) -> float:
+def _train_dense(
+    recipe: Recipe, config: DeepseekV3Config, data: TextData, dtype: torch.dtype, accelerator: Accelerator
+) -> float:
     """Held-out bits per byte of the dense twin: same tokens in the same order, same schedule, same FLOPs per token."""
     say("training a dense model of equal compute")
     torch.manual_seed(recipe.seed)
-    accelerator = Accelerator()
     model = _new_model(dense_twin(config), dtype).to(accelerator.device)
     optimizer = MasterAdamW(model.parameters(), recipe)
     every = max(recipe.log_every, recipe.steps // 10)
@@ -322,7 +324,8 @@ def _prepare_data(recipe: Recipe, output: Path, corpus: Corpus, accelerator: Acc
     heldout_tokens = list(tokenize_documents((d.text for d in corpus.heldout), tokenizer))
     ids = {"bos_id": tokenizer.bos_token_id, "eos_id": tokenizer.eos_token_id}
     train = pack_documents(train_tokens, recipe.sequence_length, **ids)
-    heldout = pack_documents(heldout_tokens, recipe.sequence_length, **ids, evaluation=True)
+    context = recipe.sequence_length // 2
+    heldout = pack_documents(heldout_tokens, recipe.sequence_length, **ids, evaluation=True, context=context)
     return TextData(corpus, tokenizer, train, heldout, train_tokens, heldout_tokens)
 
 

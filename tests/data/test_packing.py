@@ -36,9 +36,12 @@ def test_training_rows_hold_the_stream_in_order(docs, length):
 
 
 @settings(max_examples=200, deadline=None)
-@given(docs=documents, length=st.integers(2, 9))
-def test_evaluation_predicts_every_token_but_bos_exactly_once(docs, length):
-    packed = pack_documents(docs, length, bos_id=BOS, eos_id=EOS, evaluation=True)
+@given(docs=documents, length=st.integers(2, 9), data=st.data())
+def test_evaluation_predicts_every_token_but_bos_exactly_once_and_after_the_context(docs, length, data):
+    context = data.draw(st.integers(1, length - 1))
+    packed = pack_documents(docs, length, bos_id=BOS, eos_id=EOS, evaluation=True, context=context)
+    for i in range(1, len(packed)):
+        assert packed[i]["labels"][:context].eq(IGNORE_INDEX).all()
     predicted = [label for i in range(len(packed)) for label in packed[i]["labels"][1:].tolist()]
     assert [label for label in predicted if label != IGNORE_INDEX] == [t for doc in docs for t in (*doc, EOS)]
     assert {len(packed[i]["input_ids"]) for i in range(len(packed))} == {length}
@@ -56,6 +59,12 @@ def test_zero_positions_are_exactly_the_segment_starts(docs, length):
         begin, text_end = i * packed.stride, sum(len(doc) + 2 for doc in docs)
         expected = [j for j in range(length) if j == 0 or begin + j in starts or begin + j > text_end]
         assert segments == expected and all(positions[j] == 0 for j in segments)
+
+
+@pytest.mark.parametrize("context", [0, 4])
+def test_context_out_of_range_is_refused(context):
+    with pytest.raises(ValueError, match=r"context must lie in \[1, sequence_length - 1 = 3\], found"):
+        pack_documents([[5, 6]], 4, bos_id=BOS, eos_id=EOS, evaluation=True, context=context)
 
 
 def test_stream_is_compact_and_rows_stack():

@@ -28,7 +28,7 @@ def refuse(tmp_path: Path, text: str | bytes, *parts: str, **overrides) -> str:
 def test_quickstart_loads() -> None:
     recipe = Recipe.load()
     assert recipe == Recipe.load(QUICKSTART) == Recipe.load(str(QUICKSTART))
-    assert (recipe.data, recipe.preset, recipe.steps) == ("stdlib", "small", 1000)
+    assert (recipe.data, recipe.preset) == ("stdlib", "small") and 100 <= recipe.steps <= 5000
     assert recipe.config().hidden_size == preset("small").hidden_size
 
 
