@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _yield_busy_cores() -> None:
+    """Where other processes use the cores, let torch's idle threads sleep; must run before torch is imported.
+
+    They spin by default: a third faster on free cores, up to 10x slower on busy ones.
+    """
+
+    def ticks() -> tuple[int, int]:
+        fields = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:]]
+        return sum(fields), fields[3]
+
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return
+    total, idle = ticks()
+    time.sleep(0.3)
+    total_now, idle_now = ticks()
+    if idle_now - idle < 0.8 * (total_now - total):
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def _pretrain(args: argparse.Namespace) -> int:
+    _yield_busy_cores()
     import yaml
 
     from .hub import write_pretraining_card
@@ -132,8 +154,6 @@ def _generate(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 1 error (message on stderr), 75 interrupted and saved."""
     args = build_parser().parse_args(argv)
-    # Read when torch starts its threads. By default idle ones spin for long, which on a busy machine costs up to 10x.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         return args.run(args)
     except InterruptedError as error:

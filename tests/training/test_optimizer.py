@@ -32,7 +32,7 @@ def reference(params: list[nn.Parameter]) -> torch.optim.AdamW:
     return torch.optim.AdamW(decays, lr=0.01, betas=(0.8, 0.9))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_masters_follow_fp32_adamw(dtype: torch.dtype) -> None:
     """Also where a weight is bf16: its master is what AdamW would have made of an fp32 weight."""
     ours, plain = parameters(dtype), parameters()
@@ -70,7 +70,7 @@ def test_updates_below_the_spacing_of_bf16_add_up() -> None:
     assert (weight == torch.tensor(0.95).bfloat16()).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_only_matrices_decay(dtype: torch.dtype) -> None:
     params = parameters(dtype)
     start = [p.detach().clone() for p in params]
@@ -83,7 +83,7 @@ def test_only_matrices_decay(dtype: torch.dtype) -> None:
         torch.testing.assert_close(master.detach(), before.float() * factor, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("forget", [None, "adamw", "masters"])
 def test_state_round_trip_is_bitwise(tmp_path, dtype: torch.dtype, forget: str | None) -> None:
     """Through a file, as in training; the control leaves half of the state out and must differ."""
