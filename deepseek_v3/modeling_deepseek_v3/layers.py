@@ -7,6 +7,19 @@ from transformers.activations import ACT2FN
 from ..configuration import DeepseekV3Config
 
 
+class Fp32Buffers(nn.Module):
+    """A module whose own buffers stay fp32 whatever it is cast to: `model.to(bfloat16)` would round them for good."""
+
+    def _apply(self, fn, recurse=True):
+        kept = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                setattr(self, name, buffer.to(moved.device, torch.float32))
+        return self
+
+
 class _RMSNorm(torch.autograd.Function):
     """`weight * x / rms(x)` in fp32; keeps the input and one fp32 scalar per row for backward, no fp32 copies."""
 

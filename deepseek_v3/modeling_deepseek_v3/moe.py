@@ -11,10 +11,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm, us
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..configuration import DeepseekV3Config
-from .layers import DeepseekV3MLP
+from .layers import DeepseekV3MLP, Fp32Buffers
 
 
-class DeepseekV3TopkRouter(nn.Module):
+class DeepseekV3TopkRouter(Fp32Buffers):
     """Sigmoid scores, a routing bias that only affects the choice, and group-limited top-k (eq. 13-16).
 
     `e_score_correction_bias` `[E]` stays fp32 whatever the module is cast to: its updates of 0.001 vanish in bf16.
@@ -69,13 +69,6 @@ class DeepseekV3TopkRouter(nn.Module):
         if name in state_dict:  # a bf16 copy would replace the buffer under `assign=True`
             state_dict = {**state_dict, name: state_dict[name].float()}
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn, recurse=True):
-        bias = self.e_score_correction_bias
-        super()._apply(fn, recurse)
-        if self.e_score_correction_bias.dtype != torch.float32:
-            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device, torch.float32)
-        return self
 
 
 class _Dispatch(torch.autograd.Function):

@@ -3,13 +3,13 @@
 import math
 
 import torch
-from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from ..configuration import DeepseekV3Config
+from .layers import Fp32Buffers
 
 
-class DeepseekV3RotaryEmbedding(nn.Module):
+class DeepseekV3RotaryEmbedding(Fp32Buffers):
     """Cosines and sines of the rope dimensions for given positions."""
 
     inv_freq: torch.Tensor

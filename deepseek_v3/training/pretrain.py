@@ -1,30 +1,24 @@
 """The main job: corpus, tokenizer, model, resumable training, evaluation beside baselines, one record of it all."""
 
-import ctypes
 import dataclasses
-import fcntl
 import json
 import os
 import platform
 import shutil
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
 from transformers.utils import logging
 
 from ..configuration import DeepseekV3Config, num_parameters
-from ..data import Corpus, PackedDataset, load_corpus, pack_documents, tokenize_documents
+from ..data import Corpus, load_corpus
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
-from ..tokenization import DeepseekV3Tokenizer, check_vocab, train_tokenizer
+from ..tokenization import check_vocab
 from .balance import routers
 from .checkpoint import load_optimizer_state, newest_state, save_state
 from .compare import baselines, dense_twin, training_flops
@@ -32,27 +26,13 @@ from .evaluation import heldout_bits_per_byte, mtp_acceptance, write_samples
 from .loop import StepResult, fit
 from .monitor import Monitor, plot_load, plot_loss, read_metrics, say
 from .optimizer import MasterAdamW
+from .process import any_rank, keep_freed_memory, locked, stop_signals
 from .recipe import Recipe
+from .text import TextData, prepare_text
 
 RECORD = "run.json"
 # A prompt of the held-out text for samples and MTP acceptance, in characters.
 PROMPT_CHARS = 400
-
-
-@dataclass(frozen=True)
-class TextData:
-    """A corpus, its tokenizer, and both packed."""
-
-    corpus: Corpus
-    tokenizer: DeepseekV3Tokenizer
-    train: PackedDataset
-    heldout: PackedDataset
-    train_tokens: list
-    heldout_tokens: list
-
-    @property
-    def bytes_per_token(self) -> float:
-        return self.corpus.train_bytes / (len(self.train.stream) - len(self.train.document_starts))
 
 
 def pretrain(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
@@ -69,11 +49,11 @@ def pretrain(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     output = Path(recipe.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
-    _keep_freed_memory()
+    keep_freed_memory()
     # without being told of the CPU, torchrun's processes would each be a run of their own there
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     main = accelerator.is_main_process
-    with _locked(output) if main else nullcontext():
+    with locked(output) if main else nullcontext():
         record = {} if restart else _read_record(output, recipe)
         if record:
             say(f"{output}: this run is finished ({record['steps']} steps); --restart trains it again")
@@ -87,7 +67,7 @@ def pretrain(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         found = newest_state(output / "checkpoints", say)
         if found is not None:
             _check_same(found[1]["record"], corpus, recipe, found[0])
-        data = _prepare_data(recipe, output, corpus, accelerator)
+        data = prepare_text(recipe, output, corpus, accelerator)
         return _run(recipe, output, data, found, accelerator)
 
 
@@ -108,7 +88,7 @@ def _run(
 
     if found is None:
         torch.manual_seed(recipe.seed)
-        model, start = _new_model(config, dtype), 0
+        model, start = DeepseekV3ForCausalLM(config).to(dtype), 0
     else:
         model = DeepseekV3ForCausalLM.from_pretrained(found[0] / "model", dtype=dtype)
         start = found[1]["step"]
@@ -145,7 +125,7 @@ def _run(
             save_state(states, step, save_model, state, provenance, recipe.keep_checkpoints)
         accelerator.wait_for_everyone()
 
-    with _stop_signals() as stop:
+    with stop_signals() as stop:
 
         def on_step(result: StepResult) -> bool:
             step = result.step + 1
@@ -157,7 +137,7 @@ def _run(
                     model, data.heldout, data.corpus.heldout_bytes, recipe.document_mask, max_rows=64
                 )
                 monitor.note(heldout_part_bits_per_byte=part)
-            stopping = _any_rank(stop)
+            stopping = any_rank(stop)
             if step < recipe.steps and (stopping or step % recipe.save_every == 0):
                 save(step)
             return stopping
@@ -165,7 +145,7 @@ def _run(
         done = fit(model, optimizer, data.train, recipe, accelerator, on_step, start)
         if done == recipe.steps > start:
             save(done)
-        stopping = _any_rank(stop)
+        stopping = any_rank(stop)
     monitor.close()
     if stopping:
         raise InterruptedError(f"stopped at step {done} of {recipe.steps}, saved in {states / f'step-{done}'}")
@@ -266,67 +246,21 @@ def _train_dense(
     """Held-out bits per byte of the dense twin: same tokens in the same order, same schedule, same FLOPs per token."""
     say("training a dense model of equal compute")
     torch.manual_seed(recipe.seed)
-    model = _new_model(dense_twin(config), dtype).to(accelerator.device)
+    model = DeepseekV3ForCausalLM(dense_twin(config)).to(accelerator.device, dtype)
     optimizer = MasterAdamW(model.parameters(), recipe)
     every = max(recipe.log_every, recipe.steps // 10)
     monitor = Monitor(None, recipe.steps, 0, every, data.bytes_per_token, "dense")
-    with _stop_signals() as stop:
+    with stop_signals() as stop:
 
         def on_step(result: StepResult) -> bool:
             monitor.update(result)
-            return _any_rank(stop)
+            return any_rank(stop)
 
         done = fit(model, optimizer, data.train, recipe, accelerator, on_step)
     monitor.close()
     if done < recipe.steps:
         raise InterruptedError("stopped while training the dense model; the trained model's state is saved")
     return heldout_bits_per_byte(model, data.heldout, data.corpus.heldout_bytes, recipe.document_mask)
-
-
-def _new_model(config: DeepseekV3Config, dtype: torch.dtype) -> DeepseekV3ForCausalLM:
-    """Parameters in `dtype`; buffers stay fp32, as on loading: rope's frequencies in bf16 would be another model's."""
-    model = DeepseekV3ForCausalLM(config)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
-def _any_rank(received: list[int]) -> bool:
-    """Whether a signal reached any rank: all stop after the same step, or the others would wait for ever."""
-    if not dist.is_initialized():
-        return bool(received)
-    flags: list[bool | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(flags, bool(received))
-    return any(flags)
-
-
-def _prepare_data(recipe: Recipe, output: Path, corpus: Corpus, accelerator: Accelerator) -> TextData:
-    say(
-        f"{corpus.name}: {len(corpus.train)} documents, {corpus.train_bytes / 1e6:.2f} MB to train on; "
-        f"{len(corpus.heldout)} documents, {corpus.heldout_bytes / 1e6:.2f} MB held out"
-    )
-    folder = Path(recipe.tokenizer) if recipe.tokenizer else output / "tokenizer"
-    if not recipe.tokenizer and accelerator.is_main_process:
-        vocab_size = recipe.config().vocab_size
-        origin = json.dumps({"corpus_sha256": corpus.sha256, "vocab_size": vocab_size})
-        stamp = folder / "trained_on.json"
-        if not stamp.exists() or stamp.read_text() != origin:
-            say(f"training a byte-level BPE of {vocab_size} tokens")
-            tokenizer = train_tokenizer((d.text for d in corpus.train), vocab_size)
-            temporary = output / f".tokenizer.tmp-{os.getpid()}"
-            tokenizer.save_pretrained(temporary)
-            (temporary / stamp.name).write_text(origin)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
-    accelerator.wait_for_everyone()
-    tokenizer = DeepseekV3Tokenizer.from_pretrained(folder)
-    train_tokens = list(tokenize_documents((d.text for d in corpus.train), tokenizer))
-    heldout_tokens = list(tokenize_documents((d.text for d in corpus.heldout), tokenizer))
-    ids = {"bos_id": tokenizer.bos_token_id, "eos_id": tokenizer.eos_token_id}
-    train = pack_documents(train_tokens, recipe.sequence_length, **ids)
-    context = recipe.sequence_length // 2
-    heldout = pack_documents(heldout_tokens, recipe.sequence_length, **ids, evaluation=True, context=context)
-    return TextData(corpus, tokenizer, train, heldout, train_tokens, heldout_tokens)
 
 
 def _resolve_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -382,51 +316,3 @@ def _clear(output: Path, everything: bool) -> None:
         shutil.rmtree(output / name, ignore_errors=True)
     for name in (RECORD, "metrics.jsonl"):
         (output / name).unlink(missing_ok=True)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory: a step's tensors are the next step's, and page faults cost some 10 % of it."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        trim_threshold, mmap_threshold = -1, -3  # of mallopt(3)
-        libc.mallopt(mmap_threshold, 2**30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-    except (OSError, AttributeError):
-        pass  # another C library
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Two runs never write to one folder; the kernel frees the lock of a process that died."""
-    with (output / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise ValueError(f"{output}: in use by another run ({file.read().strip() or 'unknown process'})") from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM append to; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        os.write(2, b"\nstopping after this step (Ctrl-C again to stop at once)\n")  # print is not reentrant
-
-    try:
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: the caller handles signals
-        previous = {}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

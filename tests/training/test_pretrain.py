@@ -521,7 +521,7 @@ def test_a_signal_while_output_is_written(monkeypatch: pytest.MonkeyPatch) -> No
         def flush(self) -> None: ...
 
     monkeypatch.setattr(sys, "stdout", Stream())
-    with pretrain_module._stop_signals() as stop:
+    with pretrain_module.stop_signals() as stop:
         print("hello")
     assert stop == [signal.SIGTERM]
 
