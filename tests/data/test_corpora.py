@@ -100,7 +100,7 @@ def test_folder_glob_and_compressed_files(tmp_path):
     records = "".join(json.dumps({"body": text, "text": text}, ensure_ascii=False) + "\n" for text in texts[30:45])
     (root / "a.jsonl.xz").write_bytes(lzma.compress(records.encode()))
     for i, text in enumerate(texts[45:]):
-        (root / f"{i}.md.gz").write_bytes(gzip.compress(text.encode()))
+        (root / f"{i}.md.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
     (root / "ignored.bin").write_bytes(b"\xff\xff")
     corpus = load_corpus(root, heldout_fraction=0.2)
     documents = [*corpus.train, *corpus.heldout]
@@ -134,7 +134,7 @@ def test_line_separators_inside_a_json_string_do_not_end_the_line(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{"te', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "y"}\n', r"nothing left in the heldout split of 2 distinct"),
         ("a.txt.xz", b"not xz at all", r"a\.txt\.xz: cannot be read"),
-        ("a.txt.gz", gzip.compress(b"text" * 99)[:20], r"a\.txt\.gz: cannot be read"),
+        ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:20], r"a\.txt\.gz: cannot be read"),
     ],
 )
 def test_unusable_files_are_named(tmp_path, name, content, message):
