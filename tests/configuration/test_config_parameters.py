@@ -38,7 +38,8 @@ def test_total_is_what_stock_builds(config):
     assert count.embedding == model.get_input_embeddings().weight.numel()
     assert count.head == (0 if config.tie_word_embeddings else model.lm_head.weight.numel())
     biases = numel(b for name, b in model.named_buffers() if "e_score_correction_bias" in name)
-    mtp_biases = config.num_nextn_predict_layers * config.n_routed_experts
+    moe_mtp = config.first_k_dense_replace <= config.num_hidden_layers
+    mtp_biases = moe_mtp * config.num_nextn_predict_layers * config.n_routed_experts
     assert count.routing_bias == biases + mtp_biases
     # activated: all but the experts not chosen and the embedding table, which as a tied head multiplies after all
     experts = numel(p for name, p in model.named_parameters() if ".mlp.experts." in name)
@@ -49,7 +50,9 @@ def test_total_is_what_stock_builds(config):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_mtp_is_what_stock_builds(config):
     layers = pytest.importorskip("transformers.modeling_layers")
-    mtp_config = StockConfig(**{**config.to_diff_dict(), "first_k_dense_replace": 0})
+    # Stock gives its MTP layers their own numbering from 0; DeepSeek's, and ours, goes on after the main layers.
+    first_dense = int(config.first_k_dense_replace > config.num_hidden_layers)
+    mtp_config = StockConfig(**{**config.to_diff_dict(), "first_k_dense_replace": first_dense})
     mtp = built(
         lambda: layers.MtpLayer(mtp_config, stock.DeepseekV3DecoderLayer, stock.DeepseekV3RMSNorm, layer_idx=0)
     )
