@@ -5,7 +5,7 @@ transformers' conversion mapping does that both ways. This module makes loading 
 any device, and writes the MTP modules with the copies of embedding and head that official checkpoints have.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ register_checkpoint_conversion_mapping(
 def tensor_shapes(config: DeepseekV3Config, mtp: bool) -> dict[str, tuple[int, ...]]:
     """Official name -> shape of every tensor a checkpoint of `config` must hold; without `lm_head`."""
     hidden, heads = config.hidden_size, config.num_attention_heads
-    query_dim = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
+    query_dim = heads * config.qk_head_dim
     latent_dim = config.kv_lora_rank + config.qk_rope_head_dim
     attention: dict[str, tuple[int, ...]] = {}
     if config.q_lora_rank is None:
@@ -170,8 +170,15 @@ class FP8BlockTensor:
     """A lazily dequantized E4M3 weight with one fp32 scale per block (`weight * weight_scale_inv`); reads like a
     safetensors slice. Edge blocks may be smaller than the block size."""
 
-    def __init__(self, entry: TensorEntry, name: str, scale: TensorEntry, block: tuple[int, int]) -> None:
-        self._entry, self._name, self._scale, self._block = entry, name, scale, block
+    def __init__(
+        self,
+        entry: TensorEntry,
+        name: str,
+        scale: TensorEntry,
+        block: tuple[int, int],
+        opened: Callable[[Path], Any],
+    ) -> None:
+        self._entry, self._name, self._scale, self._block, self._opened = entry, name, scale, block, opened
         grid = tuple(-(-size // step) for size, step in zip(entry.shape, block, strict=True))
         if scale.shape != grid:
             raise ValueError(
@@ -186,16 +193,11 @@ class FP8BlockTensor:
         return "BF16"
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        weight = _open(self._entry.file).get_tensor(self._name).float()
-        scale = _open(self._scale.file).get_tensor(self._name + FP8_SUFFIX).float()
+        weight = self._opened(self._entry.file).get_tensor(self._name).float()
+        scale = self._opened(self._scale.file).get_tensor(self._name + FP8_SUFFIX).float()
         rows, columns = self._block
         scale = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
         return weight.mul_(scale).to(torch.bfloat16)[index]
-
-
-@cache
-def _open(file: Path) -> Any:
-    return safe_open(file, framework="pt")
 
 
 def _fp8_state_dict(entries: Mapping[str, TensorEntry], config: DeepseekV3Config, where: str) -> dict[str, Any]:
@@ -206,6 +208,10 @@ def _fp8_state_dict(entries: Mapping[str, TensorEntry], config: DeepseekV3Config
         problem = f"quantization_config.weight_block_size is {block!r}, allowed are two positive sizes"
         raise ValueError(f"{where}: {problem}")
 
+    @cache  # each file is opened once per load, and closed with the last of its tensors
+    def opened(file: Path) -> Any:
+        return safe_open(file, framework="pt")
+
     def tensors() -> Iterator[tuple[str, Any]]:
         for name, entry in entries.items():
             if name.endswith(FP8_SUFFIX):
@@ -215,9 +221,9 @@ def _fp8_state_dict(entries: Mapping[str, TensorEntry], config: DeepseekV3Config
                 found = f"{entry.dtype} {'with' if scale else 'without'} {name}{FP8_SUFFIX}"
                 raise ValueError(f"{entry.file}: {name} is {found}")
             if scale is not None:
-                yield name, FP8BlockTensor(entry, name, scale, (block[0], block[1]))
+                yield name, FP8BlockTensor(entry, name, scale, (block[0], block[1]), opened)
             else:
-                yield name, _open(entry.file).get_slice(name)
+                yield name, opened(entry.file).get_slice(name)
 
     return dict(tensors())
 

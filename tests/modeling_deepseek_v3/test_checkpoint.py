@@ -424,6 +424,14 @@ def test_fp8_blocks_are_dequantized_exactly(shards: int, block: tuple[int, int],
     assert_same_state(again, loaded.state_dict())
 
 
+def test_fp8_files_are_read_anew_by_each_load(tmp_path) -> None:
+    for block in ((128, 128), (64, 32)):
+        meant = fp8_checkpoint(tmp_path / "fp8", block=block)  # rounded differently
+        weight = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8").model.layers[0].self_attn.o_proj.weight
+        assert torch.equal(weight, meant["model.layers.0.self_attn.o_proj.weight"].to(weight.dtype))
+        shutil.rmtree(tmp_path / "fp8")
+
+
 def test_fp8_blocks_load_in_another_dtype_and_into_other_heads(tmp_path) -> None:
     meant = fp8_checkpoint(tmp_path)
     name = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
