@@ -160,6 +160,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         router_logits: tuple[torch.Tensor, ...] = ()
         router_indices: tuple[torch.Tensor, ...] = ()
         counting = self.training and torch.is_grad_enabled()
+        token_mask = real_tokens(attention_mask)
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states, logits, indices = layer(
                 hidden_states,
@@ -173,7 +174,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             if indices is None:
                 continue
             if counting:  # here, outside the checkpointed layer, so that recomputation does not count again
-                layer.mlp.gate.count_load(indices, real_tokens(attention_mask))
+                layer.mlp.gate.count_load(indices, token_mask)
             if output_router_logits:
                 router_logits, router_indices = (*router_logits, logits), (*router_indices, indices)
 

@@ -127,12 +127,12 @@ def grouped_experts_forward(
     order = flat.argsort(stable=True)
     experts = torch.arange(self.num_experts, device=flat.device)
     ends = torch.searchsorted(flat[order], experts, right=True)
-    counts = torch.diff(ends, prepend=ends.new_zeros(1))
 
     align = _row_alignment(hidden_states, flat.numel(), self.num_experts)
     if align == 1:
         padded_ends, num_rows, slots = ends, flat.numel(), torch.arange(flat.numel(), device=flat.device)
     else:
+        counts = torch.diff(ends, prepend=ends.new_zeros(1))
         padded = (counts + align - 1) // align * align
         padded_ends = padded.cumsum(0)
         shift = (padded_ends - padded) - (ends - counts)

@@ -58,7 +58,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
 def softmax_scale(config: DeepseekV3Config) -> float:
     """`qk_head_dim^-0.5`, times YaRN's `mscale^2` when `mscale_all_dim` is set (DeepSeek's `inference/model.py`)."""
     rope: dict = config.rope_parameters or {}
-    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    scale = config.qk_head_dim**-0.5
     mscale_all_dim = rope.get("mscale_all_dim", 0)
     if rope.get("rope_type", "default") != "default" and mscale_all_dim and rope["factor"] > 1:
         scale *= (0.1 * mscale_all_dim * math.log(rope["factor"]) + 1.0) ** 2

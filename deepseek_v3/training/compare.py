@@ -32,5 +32,5 @@ def training_flops(config: DeepseekV3Config, sequence_length: int) -> float:
     idle = 3 * config.hidden_size * config.moe_intermediate_size * idle_experts  # of each MoE layer
     mtp_moe = min(max(layers - config.first_k_dense_replace, 0), depth)
     active = counts.activated + counts.mtp - mtp_moe * idle + depth * config.vocab_size * config.hidden_size
-    width = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    width = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
     return 6 * active + 6 * layers * width * sequence_length / 2

@@ -187,9 +187,10 @@ def _finish(
 ) -> dict[str, Any]:
     """Write the figures, the model and the record."""
     corpus, config = data.corpus, model.config
-    rows = [row for row in read_metrics(output / "metrics.jsonl") if "ce_loss" in row]
+    metrics = read_metrics(output / "metrics.jsonl")
+    rows = [row for row in metrics if "ce_loss" in row]
     names = [name.split(".mlp")[0].removeprefix("model.") for name in routers(model)]
-    plot_loss(output / "loss.png", read_metrics(output / "metrics.jsonl"), results["baselines_bits_per_byte"])
+    plot_loss(output / "loss.png", metrics, results["baselines_bits_per_byte"])
     counts = torch.stack(recent).sum(0) if recent else torch.zeros(0, 0)
     if counts.numel():
         plot_load(output / "load.png", rows, counts, names)
@@ -277,10 +278,17 @@ def _fixed(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(recipe).items() if name not in free}
 
 
-def _check_same(saved: dict[str, Any], corpus: Corpus, recipe: Recipe, where: Path) -> None:
+def _difference(saved: dict[str, Any], recipe: Recipe) -> str | None:
+    """The first field of `recipe` that may not change and differs from the saved one, in words."""
     for name, value in _fixed(recipe).items():
-        if saved["recipe"].get(name) != value:
-            raise ValueError(f"{where}: saved with {name} = {saved['recipe'].get(name)!r}, the recipe has {value!r}")
+        if saved.get(name) != value:
+            return f"{name} = {saved.get(name)!r}, the recipe has {value!r}"
+    return None
+
+
+def _check_same(saved: dict[str, Any], corpus: Corpus, recipe: Recipe, where: Path) -> None:
+    if difference := _difference(saved["recipe"], recipe):
+        raise ValueError(f"{where}: saved with {difference}")
     if saved["corpus_sha256"] != corpus.sha256:
         raise ValueError(
             f"{where}: the text of {corpus.name} has changed since this state was saved (SHA-256 differs)"
@@ -296,13 +304,8 @@ def _read_record(output: Path, recipe: Recipe) -> dict[str, Any]:
         saved = record["recipe"].items()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is no run's record ({type(error).__name__}: {error})") from None
-    saved = dict(saved)
-    for name, value in _fixed(recipe).items():
-        if saved.get(name) != value:
-            was = saved.get(name)
-            raise ValueError(
-                f"{path}: a finished run with {name} = {was!r}, the recipe has {value!r}; use another output_dir"
-            )
+    if difference := _difference(dict(saved), recipe):
+        raise ValueError(f"{path}: a finished run with {difference}; use another output_dir")
     return record
 
 

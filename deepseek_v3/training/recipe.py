@@ -76,7 +76,7 @@ class Recipe:
         for spec in dataclasses.fields(self):
             self._check_type(spec.name, spec.type, getattr(self, spec.name))
         at_least_one = ("batch_size", "steps", "log_every", "eval_every", "save_every", "keep_checkpoints")
-        ranges: dict[str, tuple[float, float]] = dict.fromkeys(at_least_one, (1, 1000000000000.0))
+        ranges: dict[str, tuple[float, float]] = dict.fromkeys(at_least_one, (1, 1e12))
         ranges |= {"sequence_length": (2, 2**24), "warmup_steps": (0, 1e12), "seed": (0, 2**63 - 1)}
         ranges |= dict.fromkeys(("min_lr_ratio", "bias_update_until"), (0.0, 1.0))
         ranges |= dict.fromkeys(("beta1", "beta2"), (0.0, 0.99999))
@@ -102,7 +102,6 @@ class Recipe:
                 raise ValueError(f"recipe: {name} is {value!r}, allowed are {', '.join(get_args(Dtype))}")
             return
         allowed = get_args(annotation) or (annotation,)
-        allowed = tuple(dict if getattr(a, "__origin__", None) is dict else a for a in allowed)
         if annotation == dict[str, Any]:
             allowed = (dict,)
         if float in allowed:
