@@ -27,7 +27,7 @@ def assert_close(actual: torch.Tensor, exact: torch.Tensor, name: str, tolerance
 def run(
     op: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]], *inputs: torch.Tensor, **fixed
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
-    """The outputs of `op(*inputs, **fixed)` and the gradients of its floating-point inputs for seeded output gradients.
+    """The outputs of `op(*inputs, **fixed)`, and its floating-point inputs' gradients for seeded output gradients.
 
     The gradients that enter are drawn in fp32 and rounded to each output's dtype: the same for every dtype.
     """

@@ -7,7 +7,7 @@ from . import reference
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`weight * (x / sqrt(mean(x^2) + eps))`, the mean in fp32, the quotient rounded to `x`'s dtype before the product.
+    """`weight * (x / sqrt(mean(x^2) + eps))`: in fp32, the quotient rounded to `x`'s dtype before the product.
 
     `x [..., C]`, `weight [C]`, floating point -> `[..., C]` in the wider of the two dtypes.
     """
