@@ -2,10 +2,10 @@
 
     python tests/kernels/compile_check.py ARCH [ROOM ...]     (TRITON_INTERPRET unset; ARCH 80, 90 or 100)
 
-`compile_cases/<room>.py` calls the room's launchers on meta tensors at real sizes; the launches are caught and compiled
-instead. That is repeated with each entry of the configuration tables for that architecture. A line per kernel is printed
-and the exit status is 1 if one does not compile, spills, wants more shared memory than a block has, or lacks the matrix
-instructions it should have on sm_90.
+`compile_cases/<room>.py` calls the room's launchers on meta tensors at real sizes; the launches are caught and
+compiled instead. That is repeated with each entry of the configuration tables for that architecture. A line per kernel
+is printed, and the exit status is 1 if one does not compile, spills, wants more shared memory than a block has, or
+lacks the matrix instructions it should have on sm_90.
 """
 
 import argparse

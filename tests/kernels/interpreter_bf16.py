@@ -1,4 +1,4 @@
-"""Makes bf16 and fp8 right in Triton's interpreter: there bf16 values are bare uint16 whose bits it adds and multiplies.
+"""Makes bf16 and fp8 right in Triton's interpreter, which adds and multiplies the bits of bf16 values as integers.
 
 Patches private functions of the pinned Triton, so it fails loudly when one is missing. Import after setting
 TRITON_INTERPRET=1 and before running a kernel.
@@ -30,10 +30,8 @@ def _convert(data, source, target, rounding_mode):
     if source not in TORCH or target not in TORCH:
         return _convert_float(data, source, target, rounding_mode)
     from_, to = TORCH[source], TORCH[target]
-    bits = np.ascontiguousarray(data).view(BITS[from_.itemsize][0])
-    values = (
-        torch.from_numpy(bits.copy().view(f"i{from_.itemsize}" if from_.itemsize > 1 else "u1")).view(from_).float()
-    )
+    signed = {1: np.uint8, 2: np.int16, 4: np.int32}[from_.itemsize]  # torch has no unsigned types of these sizes
+    values = torch.from_numpy(np.ascontiguousarray(data).view(signed).copy()).view(from_).float()
     if to == torch.float8_e4m3fn:
         values = torch.where(values.isnan(), values, values.clamp(-448, 448))
     numpy_bits, torch_bits = BITS[to.itemsize]
