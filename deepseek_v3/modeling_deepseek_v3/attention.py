@@ -19,7 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..configuration import DeepseekV3Config
 from .continuous_batching import PagedAttentionCache, update_paged_cache
-from .layers import DeepseekV3RMSNorm
+from .layers import DeepseekV3Linear, DeepseekV3RMSNorm
 from .rope import apply_rotary, softmax_scale
 
 
@@ -78,17 +78,17 @@ class DeepseekV3Attention(nn.Module):
 
         hidden, bias = config.hidden_size, config.attention_bias
         if self.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, self.num_heads * self.qk_head_dim, bias=False)
+            self.q_proj = DeepseekV3Linear(hidden, self.num_heads * self.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden, self.q_lora_rank, bias=bias)
+            self.q_a_proj = DeepseekV3Linear(hidden, self.q_lora_rank, bias=bias)
             self.q_a_layernorm = DeepseekV3RMSNorm(self.q_lora_rank)
-            self.q_b_proj = nn.Linear(self.q_lora_rank, self.num_heads * self.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
+            self.q_b_proj = DeepseekV3Linear(self.q_lora_rank, self.num_heads * self.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = DeepseekV3Linear(hidden, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = DeepseekV3RMSNorm(self.kv_lora_rank)
         self.kv_b_proj = nn.Linear(
             self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
         )
-        self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, hidden, bias=bias)
+        self.o_proj = DeepseekV3Linear(self.num_heads * self.v_head_dim, hidden, bias=bias)
 
     def forward(
         self,

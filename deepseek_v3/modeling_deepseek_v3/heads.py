@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -11,6 +10,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration import DeepseekV3Config
 from .continuous_batching import LatentBatchingMixin
+from .layers import DeepseekV3Linear
 from .losses import IGNORE_INDEX, linear_cross_entropy, sequence_balance_loss, shift_left
 from .model import DeepseekV3Model, DeepseekV3ModelOutput, DeepseekV3PreTrainedModel, packed_causal_mask, real_tokens
 from .mtp import DeepseekV3MTPLayer, same_document
@@ -47,7 +47,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin, Laten
         self.model = DeepseekV3Model(config)
         self.model.layers.extend(DeepseekV3MTPLayer(config, k) for k in range(config.num_nextn_predict_layers))
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = DeepseekV3Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @property

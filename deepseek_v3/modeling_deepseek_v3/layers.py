@@ -1,10 +1,12 @@
-"""The two small layers every block uses: RMSNorm and the SwiGLU feed-forward network (dense, shared experts)."""
+"""The small layers every block uses: linear, RMSNorm and the SwiGLU feed-forward network (dense, shared experts)."""
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 from ..configuration import DeepseekV3Config
+from ..kernels.linear import linear
+from ..kernels.rms_norm import add_rms_norm, rms_norm
 
 
 class Fp32Buffers(nn.Module):
@@ -20,26 +22,11 @@ class Fp32Buffers(nn.Module):
         return self
 
 
-class _RMSNorm(torch.autograd.Function):
-    """`weight * x / rms(x)` in fp32; keeps the input and one fp32 scalar per row for backward, no fp32 copies."""
+class DeepseekV3Linear(nn.Linear):
+    """`nn.Linear`, through `kernels.linear`."""
 
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        x32 = x.float()
-        scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, scale)
-        return weight * (x32 * scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        x, weight, scale = ctx.saved_tensors
-        grad32, normed = grad.float(), x.float() * scale  # not in place: float() of fp32 is the saved input itself
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad32 * normed).reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
-        grad32 = grad32 * weight.float()
-        projection = (grad32 * normed).mean(-1, keepdim=True)
-        return grad32.addcmul_(normed, projection, value=-1).mul_(scale).to(x.dtype), grad_weight, None
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class DeepseekV3RMSNorm(nn.Module):
@@ -50,8 +37,13 @@ class DeepseekV3RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The norm; with a residual the norm of `residual + hidden_states`, and that sum."""
+        if residual is None:
+            return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return add_rms_norm(hidden_states, residual, self.weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -62,9 +54,9 @@ class DeepseekV3MLP(nn.Module):
 
     def __init__(self, config: DeepseekV3Config, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = DeepseekV3Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = DeepseekV3Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = DeepseekV3Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

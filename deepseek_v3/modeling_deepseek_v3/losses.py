@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .layers import DeepseekV3Linear
+
 IGNORE_INDEX = -100
 # fp32 logits of one chunk: 8 MiB stay in a CPU's cache and are reused by the allocator, where 64 MiB cost 2x the time;
 # with a large vocabulary at least 256 rows, so that the products with the head stay efficient.
@@ -58,7 +60,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _is_matrix(head: nn.Module) -> bool:
     """Whether calling `head` multiplies by its weight and does nothing else (accelerate replaces `forward`)."""
-    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or head.bias is not None:
+    if (
+        type(head) not in (nn.Linear, DeepseekV3Linear)
+        or type(head.weight) is not nn.Parameter
+        or head.bias is not None
+    ):
         return False
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     return not any(hooks) and "forward" not in vars(head)

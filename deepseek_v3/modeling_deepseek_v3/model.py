@@ -57,8 +57,7 @@ class DeepseekV3DecoderLayer(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = hidden_states + attention_output
-        normed = self.post_attention_layernorm(hidden_states)
+        normed, hidden_states = self.post_attention_layernorm(attention_output, hidden_states)
         if isinstance(self.mlp, DeepseekV3MoE):
             output, router_logits, router_indices = self.mlp(normed)
             return hidden_states + output, router_logits, router_indices

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..configuration import DeepseekV3Config
-from .layers import DeepseekV3RMSNorm
+from .layers import DeepseekV3Linear, DeepseekV3RMSNorm
 from .losses import shift_left
 from .model import DeepseekV3DecoderLayer
 
@@ -33,7 +33,7 @@ class DeepseekV3MTPLayer(DeepseekV3DecoderLayer):
         self.self_attn.layer_idx = depth  # its slot in the cache of the MTP layers
         self.enorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hnorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = DeepseekV3Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = DeepseekV3SharedHead(config)
 
     def forward(  # type: ignore[override]

@@ -2,31 +2,40 @@
 
 import torch
 
+from ..blocks import row_blocks
+
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps the input and one fp32 scalar per row for backward, no fp32 copies."""
+    """Over rows `[N, C]`. Keeps the input and one fp32 scalar per row for backward, no fp32 copies."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        x32 = x.float()
-        scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+        y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
+        scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+        for x_, y_, scale_ in row_blocks(x, y, scale):
+            x32 = x_.float()
+            scale_.copy_(x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_())
+            y_.copy_((x32 * scale_).to(x.dtype)).mul_(weight)
         ctx.save_for_backward(x, weight, scale)
-        return weight * (x32 * scale).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         x, weight, scale = ctx.saved_tensors
-        grad32, normed = grad.float(), x.float() * scale  # not in place: float() of fp32 is the saved input itself
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad32 * normed).reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
-        grad32 = grad32 * weight.float()
-        projection = (grad32 * normed).mean(-1, keepdim=True)
-        return grad32.addcmul_(normed, projection, value=-1).mul_(scale).to(x.dtype), grad_weight, None
+        grad_x, weight32 = torch.empty_like(x), weight.float()
+        grad_weight = torch.zeros_like(weight32) if ctx.needs_input_grad[1] else None
+        for x_, grad_, scale_, grad_x_ in row_blocks(x, grad, scale, grad_x):
+            grad32, normed = grad_.float(), x_.float() * scale_  # not in place: float() of fp32 is the saved input
+            if grad_weight is not None:
+                grad_weight += (grad32 * normed).sum(0)
+            grad32 = grad32 * weight32
+            projection = (grad32 * normed).mean(-1, keepdim=True)
+            grad_x_.copy_(grad32.addcmul_(normed, projection, value=-1).mul_(scale_))
+        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
 
 
 def add_rms_norm(
