@@ -114,6 +114,8 @@ def check(arch: int, rooms: list[str]) -> list[str]:
     tables = [table for table in (read_table(f"sm_{arch}"), read_table("default")) if table]
     for room in rooms:
         cases = importlib.import_module(f"tests.kernels.compile_cases.{room}")
+        if arch < getattr(cases, "MIN_ARCH", 0):
+            continue
         recorder.wgmma, recorder.launched = frozenset(cases.WGMMA), set()
         cases.launch()
         for table in tables:
