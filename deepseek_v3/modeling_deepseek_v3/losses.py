@@ -5,66 +5,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.linear_cross_entropy import linear_cross_entropy as fused_linear_cross_entropy
+from ..kernels.linear_cross_entropy.reference import rows_per_chunk
 from .layers import DeepseekV3Linear
 
 IGNORE_INDEX = -100
-# fp32 logits of one chunk: 8 MiB stay in a CPU's cache and are reused by the allocator, where 64 MiB cost 2x the time;
-# with a large vocabulary at least 256 rows, so that the products with the head stay efficient.
-CHUNK_ELEMENTS = 2**21
-MIN_CHUNK_ROWS = 256
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Forward computes the gradients of both inputs chunk by chunk, so the logits of a chunk live only once.
-
-    The largest row weight enters in backward, together with the loss scale of fp16 training: a probability times
-    1 / (number of tokens) would vanish in fp16.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, row_weights, chunk_rows):
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        largest = F.pad(row_weights.abs(), (0, 1), value=torch.finfo(torch.float32).tiny).amax()
-        relative_weights = row_weights / largest
-        for start in range(0, hidden.shape[0], chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            labels_ = labels[rows, None]
-            log_probs = F.linear(hidden[rows], weight).float().log_softmax(dim=-1)
-            losses[rows] = -log_probs.gather(1, labels_).squeeze(1)
-            if not (needs_hidden or needs_weight):
-                continue
-            grad = log_probs.exp_()
-            grad.scatter_add_(1, labels_, grad.new_full((1, 1), -1.0).expand_as(labels_))
-            grad = grad.mul_(relative_weights[rows, None]).to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight += torch.mm(grad.t(), hidden[rows])
-        ctx.largest = largest
-        ctx.grads = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
-        ctx.mark_non_differentiable(losses)
-        return (losses * row_weights).sum(), losses
-
-    @staticmethod
-    def backward(ctx, grad_loss, _):
-        grad_hidden, grad_weight = ctx.grads
-        ctx.grads = None
-        factor = grad_loss * ctx.largest
-        grad_hidden = None if grad_hidden is None else grad_hidden.mul_(factor)
-        grad_weight = None if grad_weight is None else grad_weight.mul_(factor)
-        return grad_hidden, grad_weight, None, None, None
 
 
 def _is_matrix(head: nn.Module) -> bool:
     """Whether calling `head` multiplies by its weight and does nothing else (accelerate replaces `forward`)."""
-    if (
-        type(head) not in (nn.Linear, DeepseekV3Linear)
-        or type(head.weight) is not nn.Parameter
-        or head.bias is not None
-    ):
+    plain = type(head) in (nn.Linear, DeepseekV3Linear) and type(head.weight) is nn.Parameter
+    if not plain or head.bias is not None:
         return False
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     return not any(hooks) and "forward" not in vars(head)
@@ -80,17 +31,17 @@ def linear_cross_entropy(
     quantized, sharded, hooked) is called as a module, chunk by chunk, its logits recomputed in backward.
     """
     row_weights = row_weights.float()
-    chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // head.out_features)
     if _is_matrix(head):
         weight = head.weight
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
-        return _LinearCrossEntropy.apply(hidden, weight, labels, row_weights, chunk_rows)
+        return fused_linear_cross_entropy(hidden, weight, labels, row_weights)
 
     def chunk_losses(hidden_, labels_):
         return F.cross_entropy(head(hidden_).float(), labels_, reduction="none")
 
+    chunk_rows = rows_per_chunk(head.out_features)
     chunks = zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True)
     losses = [checkpoint(chunk_losses, h, y, use_reentrant=False) for h, y in chunks]
     nll = torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)

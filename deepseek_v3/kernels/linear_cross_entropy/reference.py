@@ -3,10 +3,16 @@
 import torch
 import torch.nn.functional as F
 
-# fp32 logits of one chunk: 8 MiB stay in a CPU's cache and are reused by the allocator, where 64 MiB cost 2x the time;
-# with a large vocabulary at least 256 rows, so that the products with the head stay efficient.
-CHUNK_ELEMENTS = 2**21
+from ..blocks import row_blocks
+
+# Logits of one chunk: 8 MiB in bf16 are reused by the allocator, where 64 MiB cost 2x the time; with a large vocabulary
+# at least 256 rows, so that the products with the head stay efficient.
+CHUNK_ELEMENTS = 2**22
 MIN_CHUNK_ROWS = 256
+
+
+def rows_per_chunk(vocab_size: int) -> int:
+    return max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // vocab_size)
 
 
 def largest_weight(row_weights: torch.Tensor) -> torch.Tensor:
@@ -30,20 +36,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         largest = largest_weight(row_weights)
         relative_weights = row_weights / largest
+        per_row = labels[:, None], relative_weights[:, None], nll[:, None]
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
-            labels_ = labels[rows, None]
-            log_probs = F.linear(hidden[rows], weight).to(wide).log_softmax(dim=-1)
-            nll[rows] = -log_probs.gather(1, labels_).squeeze(1)
-            if not (needs_hidden or needs_weight):
-                continue
-            grad = log_probs.exp_()
-            grad.scatter_add_(1, labels_, grad.new_full((1, 1), -1.0).expand_as(labels_))
-            grad = grad.mul_(relative_weights[rows, None]).to(hidden.dtype)
+            logits = F.linear(hidden[rows], weight)  # become their own gradient
+            for logits_, labels_, weights_, nll_ in row_blocks(logits, *(x[rows] for x in per_row)):
+                log_probs = logits_.to(wide).log_softmax(dim=-1)
+                nll_.copy_(-log_probs.gather(1, labels_))
+                if needs_hidden or needs_weight:
+                    grad = log_probs.exp_()
+                    grad.scatter_add_(1, labels_, grad.new_full((1, 1), -1.0).expand_as(labels_))
+                    logits_.copy_(grad.mul_(weights_))
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[rows])
+                torch.mm(logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:
-                grad_weight += torch.mm(grad.t(), hidden[rows])
+                for grad_weight_, logits_t_ in row_blocks(grad_weight, logits.t()):
+                    grad_weight_ += torch.mm(logits_t_, hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_weight, largest)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(nll)
@@ -61,6 +69,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, row_weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    chunk_rows = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // weight.shape[0])
     row_weights = row_weights.to(torch.promote_types(hidden.dtype, torch.float32))
-    return _LinearCrossEntropy.apply(hidden, weight, labels, row_weights, chunk_rows)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, row_weights, rows_per_chunk(weight.shape[0]))
