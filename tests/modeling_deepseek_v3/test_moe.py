@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter as StockRouter
 
 from deepseek_v3 import DeepseekV3ForCausalLM
-from deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter, moe
-from deepseek_v3.modeling_deepseek_v3.moe import DeepseekV3Experts, DeepseekV3MoE, _Combine, _Dispatch
+from deepseek_v3.kernels.experts import torch_impl
+from deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from deepseek_v3.modeling_deepseek_v3.moe import DeepseekV3Experts, DeepseekV3MoE
 from tests.modeling_deepseek_v3.helpers import (
     build,
     gradients,
@@ -250,17 +249,31 @@ def test_unused_experts_get_a_gradient_of_exactly_zero(name: str) -> None:
 
 
 def test_no_token_is_dropped() -> None:
-    """Identity experts: every token has to come back as the sum of its weights times itself."""
+    """Experts that return their input: every token has to come back as the sum of its weights times itself."""
     module = experts(torch.float32)
-    module.act_fn = torch.nn.Threshold(float("inf"), 1.0)  # 1, whatever the gate is
     eye = torch.eye(32, 64)
+    gate = torch.zeros(32, 64)
+    gate[:, -1] = 100.0  # silu(100) = 100 in fp32, for tokens whose last entry is 1
     with torch.no_grad():
-        module.gate_up_proj.copy_(torch.cat((torch.zeros_like(eye), eye)))
+        module.gate_up_proj.copy_(torch.cat((gate, eye / 100)))
         module.down_proj.copy_(eye.T)
-    hidden = torch.cat((torch.randn(200, 32), torch.zeros(200, 32)), dim=1)
+    hidden = torch.cat((torch.randn(200, 32), torch.zeros(200, 31), torch.ones(200, 1)), dim=1)
     weights = torch.rand(200, 3)
     output = module(hidden, torch.tensor([[2, 3, 5]]).expand(200, 3), weights)
-    torch.testing.assert_close(output, hidden * weights.sum(1, keepdim=True))
+    torch.testing.assert_close(output[:, :32], hidden[:, :32] * weights.sum(1, keepdim=True))
+
+
+def test_other_experts_are_left_to_transformers() -> None:
+    """The implementation serves every MoE model; what is no SwiGLU is computed as `grouped_mm` does."""
+    module, indices, hidden, weights = (
+        experts(torch.float32),
+        torch.rand(9, 8).topk(3)[1],
+        torch.randn(9, 64),
+        torch.rand(9, 3),
+    )
+    module.act_fn = torch.nn.GELU()
+    found, expected = (run_experts(name, hidden, indices, weights, module)[0] for name in ("deepseek_v3", "eager"))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.fixture
@@ -275,7 +288,7 @@ def nan_in_fresh_memory():
 @pytest.mark.parametrize("align", [1, 64])
 def test_a_choice_beyond_the_experts_is_left_to_another_rank(align: int, nan_in_fresh_memory, monkeypatch) -> None:
     """Expert parallelism marks such a choice with the number of local experts; its rows are never computed."""
-    monkeypatch.setattr(moe, "_row_alignment", lambda *_: align)
+    monkeypatch.setattr(torch_impl, "_alignment", lambda *_: align)
     indices, hidden, weights = torch.rand(30, 9).topk(3)[1], torch.randn(30, 64), torch.rand(30, 3)
     assert (indices == 8).any()
     results = []
@@ -294,7 +307,7 @@ def test_rows_aligned_for_onednn_equal_unaligned_ones(name: str, monkeypatch) ->
     hidden, weights = torch.randn(len(indices), 64), torch.rand(indices.shape)
     expected = run_experts("deepseek_v3", hidden, indices, weights)
     used = []
-    monkeypatch.setattr(moe, "_row_alignment", lambda *_: used.append(1) or 64)
+    monkeypatch.setattr(torch_impl, "_alignment", lambda *_: used.append(1) or 64)
     found = run_experts("deepseek_v3", hidden, indices, weights)
     assert used
     for ours, theirs in zip(found, expected, strict=True):
@@ -304,8 +317,8 @@ def test_rows_aligned_for_onednn_equal_unaligned_ones(name: str, monkeypatch) ->
 def test_bf16_on_cpu_takes_the_aligned_path_and_is_as_exact_as_eager() -> None:
     indices = torch.rand(200, 8).topk(3)[1]
     hidden, weights = torch.randn(200, 64), torch.rand(200, 3)
-    assert moe._row_alignment(hidden.bfloat16(), 600, 8) == 64
-    assert moe._row_alignment(hidden.bfloat16(), 100, 8) == moe._row_alignment(hidden, 600, 8) == 1
+    assert torch_impl._alignment(hidden.bfloat16(), 600, 8) == 64
+    assert torch_impl._alignment(hidden.bfloat16(), 100, 8) == torch_impl._alignment(hidden, 600, 8) == 1
     module = experts(torch.bfloat16)
     hidden = hidden.bfloat16()
     exact = run_experts("eager", hidden.double(), indices, weights.double(), experts(torch.bfloat16).double())
@@ -334,39 +347,3 @@ def test_moe_layer_adds_the_shared_experts() -> None:
     routed = layer.experts(hidden.view(-1, 64), indices, weights).view(2, 5, 64)
     torch.testing.assert_close(output - routed, layer.shared_experts(hidden), rtol=1e-5, atol=1e-5)
     assert logits.shape == (10, 8) and indices.shape == (10, 3)
-
-
-@st.composite
-def dispatch_plans(draw):
-    """Tokens x K rows placed anywhere in a buffer that has spare rows, as alignment leaves them."""
-    num_tokens, top_k = draw(st.integers(1, 7)), draw(st.integers(1, 4))
-    spare = draw(st.integers(0, 5))
-    slots = draw(st.permutations(range(num_tokens * top_k + spare)))[: num_tokens * top_k]
-    return num_tokens, top_k, num_tokens * top_k + spare, torch.tensor(slots).view(num_tokens, top_k)
-
-
-@settings(max_examples=60)
-@given(plan=dispatch_plans(), seed=st.integers(0, 2**16))
-def test_dispatch_and_combine_are_what_they_say(plan, seed: int) -> None:
-    """Forward and gradients of the pair against indexing, whose gradients are torch's own."""
-    num_tokens, top_k, num_rows, slot_of = plan
-    generator = torch.Generator().manual_seed(seed)
-    token_of = torch.full((num_rows,), num_tokens)
-    for token in range(num_tokens):
-        token_of[slot_of[token]] = token
-
-    def random(*shape):
-        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
-
-    x, weights, scale = random(num_tokens, 3), random(num_tokens, top_k), random(num_rows, 1)
-    rows = _Dispatch.apply(x, token_of, slot_of)
-    for slot, token in enumerate(token_of.tolist()):
-        assert torch.equal(rows[slot], x[token] if token < num_tokens else torch.zeros(3, dtype=torch.float64))
-    output = _Combine.apply(rows * scale, weights, token_of, slot_of)
-
-    products = weights[..., None] * x[:, None] * scale[slot_of]
-    expected = products.sum(dim=1)
-    torch.testing.assert_close(output, expected)
-    probe = torch.randn(output.shape, dtype=torch.float64, generator=generator)
-    found = torch.autograd.grad((output * probe).sum(), (x, weights, scale))
-    torch.testing.assert_close(found, torch.autograd.grad((expected * probe).sum(), (x, weights, scale)))
