@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-BLOCK_ELEMENTS = 2**17  # fp32 temporaries of 512 KiB: a few of them fit a core's cache and the allocator reuses them
+BLOCK_ELEMENTS = 2**16  # fp32 temporaries of 256 KiB: a few of them fit a core's cache and the allocator reuses them
 
 
 def row_blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

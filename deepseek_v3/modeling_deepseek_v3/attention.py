@@ -15,12 +15,18 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils.import_utils import is_tracing
 
 from ..configuration import DeepseekV3Config
+from ..kernels.dispatch import uses_triton
+from ..kernels.mla_attention import mla_attention
+from ..kernels.mla_decode import mla_decode
+from ..kernels.rope import rotate_queries_and_key_
 from .continuous_batching import PagedAttentionCache, update_paged_cache
 from .layers import DeepseekV3Linear, DeepseekV3RMSNorm
-from .rope import apply_rotary, softmax_scale
+from .rope import softmax_scale
 
 
 def eager_attention(
@@ -55,6 +61,82 @@ def sdpa_attention(
 
 ATTENTION_FUNCTIONS = AttentionInterface()
 ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention
+
+
+def with_expanded_key(
+    module: nn.Module,
+    queries: torch.Tensor,
+    key_nope: torch.Tensor,
+    key_rope: torch.Tensor,
+    value: torch.Tensor,
+    *args,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention functions, which want heads first and every head to have its copy of the rotary key.
+
+    `queries [B, S, H, n + r]`, `key_nope [B, T, H, n]`, `key_rope [B, 1, T, r]`, `value [B, T, H, v]`.
+    """
+    key_nope = key_nope.transpose(1, 2)
+    key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
+    attend = ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation.removeprefix("paged|"), eager_attention
+    )
+    return attend(module, queries.transpose(1, 2), key, value.transpose(1, 2), *args, **kwargs)
+
+
+def shared_key_attention(
+    module: nn.Module,
+    queries: torch.Tensor,
+    key_nope: torch.Tensor,
+    key_rope: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The attention implementation `"deepseek_v3"`: `kernels.mla_attention`, which never copies the rotary key.
+
+    `attention_mask`: None (causal), the first visible key of each query `[B, S]` int32, or a mask `[B, 1, S, T]`, bool
+    or added to the scores, that leaves each query one unbroken run of keys up to its own.
+    """
+    if dropout:
+        raise ValueError(f"attention_dropout: found {dropout}, allowed 0 with attn_implementation='deepseek_v3'")
+    length, total = queries.shape[1], key_nope.shape[1]
+    if attention_mask is None and length > 1:
+        total = length  # what is longer is an empty static cache
+    elif attention_mask is not None and attention_mask.dim() == 4:
+        attention_mask, total = visible_keys(attention_mask[..., :total])
+    keys = (key_nope[:, :total], key_rope[:, 0, :total], value[:, :total])
+    return mla_attention(queries, *keys, scaling, attention_mask), None
+
+
+def visible_keys(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """From a mask `[B, 1, S, T]`: each query's first visible key `[B, S]` int32, and the end of all visible keys.
+
+    A query that does not see its own key is padding, and sees nothing. Waits for the device once. ValueError for a
+    mask that this cannot say.
+    """
+    visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
+    length, total = visible.shape[1:]
+    starts, seen = visible.int().argmax(-1), visible.sum(-1)
+    # A static cache is longer than what is filled of it.
+    static = total > length and not is_tracing(mask)
+    end = max(length, int(torch.where(seen > 0, starts + seen, 0).max())) if static else total
+    own = torch.arange(end - length, end, device=mask.device)
+    real = visible[:, torch.arange(length, device=mask.device), own]
+    if not is_tracing(mask) and not torch.all(~real | (starts + seen == own + 1)):
+        raise ValueError(
+            "attention_mask: found one with holes, or one that is not causal; with attn_implementation='deepseek_v3' "
+            "every query has to see an unbroken run of keys that ends with its own"
+        )
+    return torch.where(real, starts, total).to(torch.int32), end
+
+
+# Attention functions that take the rotary key once for all heads, by their `attn_implementation`.
+SHARED_KEY_FUNCTIONS = {"deepseek_v3": shared_key_attention}
+AttentionInterface.register("deepseek_v3", shared_key_attention)
+AttentionMaskInterface.register("deepseek_v3", sdpa_mask)
 
 
 class DeepseekV3Attention(nn.Module):
@@ -101,44 +183,41 @@ class DeepseekV3Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`[B, S, hidden] -> [B, S, hidden]` and the attention weights where the implementation has them."""
         batch, length, _ = hidden_states.shape
-        query_nope, query_rope = self._queries(hidden_states, position_embeddings)
-        latent, key_rope = self._latents(hidden_states, position_embeddings)
+        # -1: under tensor parallelism a rank holds only its share of the heads
+        queries = self._queries(hidden_states).view(batch, length, -1, self.qk_head_dim)
+        compressed = self.kv_a_proj_with_mqa(hidden_states)  # eq. 1 and 3
+        latent, key_rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        queries, key_rope = rotate_queries_and_key_(
+            queries, key_rope, *position_embeddings, interleave=self.config.rope_interleave
+        )
+        latent, key_rope = self.kv_a_layernorm(latent).unsqueeze(1), key_rope.unsqueeze(1)
         if past_key_values is not None:
             latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
         elif isinstance(cache, PagedAttentionCache):
             latent, key_rope = update_paged_cache(cache, latent, key_rope, self.layer_idx, kwargs)
 
-        attend = self._absorbed if self._absorbs(length, latent, attention_mask) else self._expanded
-        output, weights = attend(query_nope, query_rope, latent, key_rope, attention_mask, **kwargs)
+        if self._absorbs(length, latent, attention_mask):
+            output, weights = self._absorbed(queries, latent, key_rope, attention_mask), None
+        else:
+            output, weights = self._expanded(queries, latent, key_rope, attention_mask, **kwargs)
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
-    def _queries(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eq. 6-9: `[B, H, S, n]` and the rotated `[B, H, S, r]`."""
-        batch, length, _ = hidden_states.shape
+    def _queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Eq. 6-9 before the rotation: `[B, S, H (n + r)]`."""
         if self.q_lora_rank is None:
-            queries = self.q_proj(hidden_states)
-        else:
-            queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        # -1: under tensor parallelism a rank holds only its share of the heads
-        queries = queries.view(batch, length, -1, self.qk_head_dim).transpose(1, 2)
-        query_nope, query_rope = queries.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        return query_nope, apply_rotary(query_rope, *position_embeddings, self.config.rope_interleave)
-
-    def _latents(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eq. 1 and 3: the normed latent `[B, 1, S, c]` and the rotated shared key `[B, 1, S, r]`."""
-        compressed = self.kv_a_proj_with_mqa(hidden_states)
-        latent, key_rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        key_rope = apply_rotary(key_rope.unsqueeze(1), *position_embeddings, self.config.rope_interleave)
-        return self.kv_a_layernorm(latent).unsqueeze(1), key_rope
+            return self.q_proj(hidden_states)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
 
     def _absorbs(self, length: int, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         """Whether the absorbed form is right here, and cheaper."""
         total = latent.shape[2]
         if total <= length or (self.training and self.attention_dropout):
+            return False
+        if self.config._attn_implementation.removeprefix("paged|") == "eager":  # the definition, with its weights
+            return False
+        if (
+            uses_triton(latent) and torch.is_grad_enabled() and latent.requires_grad
+        ):  # mla_decode has no gradient there
             return False
         # A longer cache without a mask means "causal over an empty static cache" unless there is one query.
         # Masks other than a [B, 1, S, T] tensor (FlashAttention's 2-D, FlexAttention's block mask) stay with those.
@@ -164,51 +243,34 @@ class DeepseekV3Attention(nn.Module):
 
     def _expanded(
         self,
-        query_nope: torch.Tensor,
-        query_rope: torch.Tensor,
+        queries: torch.Tensor,
         latent: torch.Tensor,
         key_rope: torch.Tensor,
         attention_mask: torch.Tensor | None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`queries [B, S, H, n + r]`, `latent [B, 1, T, c]`, `key_rope [B, 1, T, r]` -> `[B, S, H, v]` and weights."""
         batch, _, total, _ = latent.shape
         expanded = self.kv_b_proj(latent.squeeze(1)).view(batch, total, -1, self.qk_nope_head_dim + self.v_head_dim)
-        key_nope, value = expanded.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
-        query = torch.cat((query_nope, query_rope), dim=-1)
-        attention = ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation.removeprefix("paged|"), eager_attention
-        )
+        key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        implementation = self.config._attn_implementation.removeprefix("paged|")
+        attend = SHARED_KEY_FUNCTIONS.get(implementation, with_expanded_key)
         dropout = self.attention_dropout if self.training else 0.0
-        return attention(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return attend(
+            self, queries, key_nope, key_rope, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
 
     def _absorbed(
-        self,
-        query_nope: torch.Tensor,
-        query_rope: torch.Tensor,
-        latent: torch.Tensor,
-        key_rope: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, heads, length, _ = query_nope.shape
+        self, queries: torch.Tensor, latent: torch.Tensor, key_rope: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `_expanded`, without ever making a key or a value."""
+        batch, length, heads, _ = queries.shape
+        query_nope, query_rope = queries.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         weight = self.kv_b_proj.weight.view(heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         up_key, up_value = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)  # [H, n, c], [H, v, c]
-        # All heads read the same latents: fold them into the query axis instead of copying the latents H times. The
-        # large operand stands first and untransposed in each product: torch would copy a transposed bf16 one.
-        query_latent = torch.matmul(query_nope, up_key).reshape(batch, heads * length, -1)
-        query_rope = query_rope.reshape(batch, heads * length, -1)
-        scores = torch.matmul(latent.squeeze(1), query_latent.transpose(1, 2))
-        scores = scores + torch.matmul(key_rope.squeeze(1), query_rope.transpose(1, 2))
-        scores = scores.transpose(1, 2)
-        scores = scores.reshape(batch, heads, length, -1).float() * self.scaling
-        if attention_mask is not None:
-            total = scores.shape[-1]
-            if attention_mask.dtype == torch.bool:
-                scores = scores.masked_fill(~attention_mask[..., :total], torch.finfo(scores.dtype).min)
-            else:
-                scores = scores + attention_mask[..., :total]
-        weights = F.softmax(scores, dim=-1).to(latent.dtype)
-        context = torch.matmul(weights.view(batch, heads * length, -1), latent.squeeze(1))
-        context = context.view(batch, heads, length, -1).transpose(2, 3)
-        return torch.matmul(up_value, context).permute(0, 3, 1, 2), weights
+        query_latent = torch.matmul(query_nope.transpose(1, 2), up_key).transpose(1, 2)
+        context = mla_decode(
+            query_latent, query_rope, latent.squeeze(1), key_rope.squeeze(1), self.scaling, attention_mask
+        )
+        # The large operand stands first and untransposed: on a CPU torch would copy a transposed bf16 one.
+        return torch.matmul(up_value, context.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

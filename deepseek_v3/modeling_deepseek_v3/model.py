@@ -16,7 +16,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration import DeepseekV3Config
-from .attention import DeepseekV3Attention
+from .attention import SHARED_KEY_FUNCTIONS, DeepseekV3Attention, visible_keys
 from .checkpoint import CheckpointMixin, own_config
 from .layers import DeepseekV3MLP, DeepseekV3RMSNorm
 from .moe import DeepseekV3Experts, DeepseekV3MoE, DeepseekV3TopkRouter
@@ -205,13 +205,16 @@ def packed_causal_mask(
         restarts = (alone.diff(dim=1) != 1) & real[:, 1:] & real[:, :-1]
         if is_tracing(restarts) or restarts.any():
             attention_mask, position_ids = None, alone
-    return create_causal_mask(
+    mask = create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
         position_ids=position_ids,
     )
+    if mask is not None and past_key_values is None and config._attn_implementation in SHARED_KEY_FUNCTIONS:
+        mask, _ = visible_keys(mask)  # once, for all layers
+    return mask
 
 
 def real_tokens(attention_mask: torch.Tensor | None) -> torch.Tensor | None:

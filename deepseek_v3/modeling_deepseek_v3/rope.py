@@ -44,17 +44,6 @@ class DeepseekV3RotaryEmbedding(Fp32Buffers):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> torch.Tensor:
-    """Rotate `x [B, heads, S, d]` by the angles of its positions (`cos`, `sin`: `[B, S, d/2]`).
-
-    `interleave`: pairs are neighbours `(x0, x1), (x2, x3) ...` as in DeepSeek's checkpoints, else the two halves.
-    The result is laid out in halves either way: queries and keys agree, and their dot product does not see the order.
-    """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    first, second = (x[..., 0::2], x[..., 1::2]) if interleave else x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 def softmax_scale(config: DeepseekV3Config) -> float:
     """`qk_head_dim^-0.5`, times YaRN's `mscale^2` when `mscale_all_dim` is set (DeepSeek's `inference/model.py`)."""
     rope: dict = config.rope_parameters or {}

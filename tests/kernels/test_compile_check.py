@@ -29,7 +29,7 @@ def test_every_room_with_kernels_is_checked() -> None:
     assert ROOMS == sorted(path.parent.name for path in kernels.glob("*/triton_impl.py"))
 
 
-BAD = '''
+BAD = """
 import torch
 import triton
 import triton.language as tl
@@ -46,7 +46,7 @@ def _bad_kernel(x_ptr, y_ptr, M: tl.constexpr, K: tl.constexpr):
 def bad(m, k):
     x = torch.empty(m, k, dtype=torch.bfloat16, device="meta")
     _bad_kernel[(1,)](x, x, M=m, K=k, num_warps=4)
-'''
+"""
 
 
 @pytest.mark.parametrize(

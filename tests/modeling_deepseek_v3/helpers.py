@@ -69,7 +69,8 @@ def stock_config(config: DeepseekV3Config) -> StockConfig:
 def stock_twin(model: DeepseekV3ForCausalLM, **kwargs: Any) -> StockForCausalLM:
     """transformers' own model with the same weights and kernels; it has no MTP layers."""
     config = stock_config(model.config)
-    config._attn_implementation = model.config._attn_implementation
+    attention = model.config._attn_implementation
+    config._attn_implementation = "eager" if attention == "deepseek_v3" else attention  # that one is ours alone
     config._experts_implementation = kwargs.get("experts_implementation", "eager")
     twin = StockForCausalLM(config)
     assert type(twin).__module__.startswith("transformers.models.deepseek_v3")

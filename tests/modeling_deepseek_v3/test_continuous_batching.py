@@ -41,7 +41,7 @@ def test_text_is_that_of_generate(implementation, absorb, sizes, monkeypatch):
     monkeypatch.setattr(attention, "_absorbs", decide)
     outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching())
     assert [output.generated_tokens for output in outputs.values()] == expected
-    assert any(absorbed) == absorb
+    assert any(absorbed) == (absorb and implementation != "eager")
 
 
 def test_the_model_is_left_as_it_was_and_works_again():

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from deepseek_v3.modeling_deepseek_v3 import losses
+from deepseek_v3.kernels.linear_cross_entropy import reference as fused
 from deepseek_v3.modeling_deepseek_v3.losses import linear_cross_entropy, sequence_balance_loss, shift_left
 from tests.modeling_deepseek_v3.helpers import (
     assert_same_gradients,
@@ -44,8 +44,8 @@ def reference(hidden, weight, labels, row_weights):
 @pytest.mark.parametrize("chunk_rows", [1, 4, 23, 100])
 @pytest.mark.parametrize("frozen", ["nothing", "head", "hidden"])
 def test_linear_cross_entropy_equals_torch(chunk_rows: int, frozen: str, monkeypatch) -> None:
-    monkeypatch.setattr(reference, "MIN_CHUNK_ROWS", 1)
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", chunk_rows * VOCAB + VOCAB // 2)
+    monkeypatch.setattr(fused, "MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr(fused, "CHUNK_ELEMENTS", chunk_rows * VOCAB + VOCAB // 2)
     hidden, head, labels, row_weights = problem()
     wanted = {"nothing": (hidden, head.weight), "head": (hidden,), "hidden": (head.weight,)}[frozen]
     for tensor in {hidden, head.weight} - set(wanted):
@@ -124,8 +124,8 @@ def biased_head(head: nn.Linear) -> nn.Module:
 
 @pytest.mark.parametrize("wrap", [lora_head, saved_head, hooked_head, pre_hooked_head, replaced_forward, biased_head])
 def test_a_head_that_is_more_than_a_matrix_is_called(wrap, monkeypatch) -> None:
-    monkeypatch.setattr(reference, "MIN_CHUNK_ROWS", 1)
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 4 * VOCAB)
+    monkeypatch.setattr(fused, "MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr(fused, "CHUNK_ELEMENTS", 4 * VOCAB)
     hidden, head, labels, row_weights = problem()
     plain = F.linear(hidden, head.weight)
     head = wrap(head)
@@ -187,8 +187,8 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("wrap", [lambda head: head, hooked_head])
 def test_never_more_logits_than_one_chunk(wrap, monkeypatch) -> None:
     rows, hidden_size, vocab, chunk_rows = 64, 4, 500, 3
-    monkeypatch.setattr(reference, "MIN_CHUNK_ROWS", 1)
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", chunk_rows * vocab)
+    monkeypatch.setattr(fused, "MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr(fused, "CHUNK_ELEMENTS", chunk_rows * vocab)
     head = wrap(nn.Linear(hidden_size, vocab, bias=False))
     hidden = torch.randn(rows, hidden_size, requires_grad=True)
     with LargestTensor() as largest:
@@ -200,8 +200,8 @@ def test_never_more_logits_than_one_chunk(wrap, monkeypatch) -> None:
 
 def test_training_step_never_holds_all_logits(monkeypatch) -> None:
     """The whole model, MTP included: no tensor of tokens x vocabulary exists, in no dtype."""
-    monkeypatch.setattr(reference, "MIN_CHUNK_ROWS", 1)
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 2 * 3000)
+    monkeypatch.setattr(fused, "MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr(fused, "CHUNK_ELEMENTS", 2 * 3000)
     model = build(tiny_config(vocab_size=3000)).train()
     with LargestTensor() as largest:
         model(tokens(2, 40), labels=tokens(2, 40), use_cache=False).loss.backward()

@@ -58,7 +58,7 @@ def without_mtp(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "deepseek_v3"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_and_all_gradients_equal_stock(name: str, attention: str) -> None:
     """Right-padded rows of different length, more positions than YaRN's original length."""
@@ -203,7 +203,7 @@ def test_set_experts_implementation_switches_at_run_time(name: str, monkeypatch)
     assert called == ([] if name == "eager" else [name] * 2)  # two MoE layers
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "deepseek_v3"])
 @pytest.mark.parametrize("name", ["preset", "yarn", "without q_lora"])
 def test_greedy_text_equals_stock(name: str, attention: str) -> None:
     """From left-padded prompts, so the cached and the uncached pass both count."""
@@ -221,7 +221,7 @@ def test_greedy_text_equals_stock(name: str, attention: str) -> None:
 
 @pytest.mark.parametrize("use_cache", [None, False])
 @pytest.mark.parametrize("with_mask", [False, True])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "deepseek_v3"])
 def test_packed_documents_equal_separate_ones(attention: str, with_mask: bool, use_cache: bool | None) -> None:
     """`position_ids` that restart separate documents, whatever else is passed, and in the gradients too."""
     model = build(tiny_config(rope_parameters=YARN), attn_implementation=attention).train()

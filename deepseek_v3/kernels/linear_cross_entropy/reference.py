@@ -5,8 +5,8 @@ import torch.nn.functional as F
 
 from ..blocks import row_blocks
 
-# Logits of one chunk: 8 MiB in bf16 are reused by the allocator, where 64 MiB cost 2x the time; with a large vocabulary
-# at least 256 rows, so that the products with the head stay efficient.
+# Logits of one chunk: 8 MiB in bf16 are reused by the allocator, where 64 MiB cost 2x the time; with a large
+# vocabulary at least 256 rows, so that the products with the head stay efficient.
 CHUNK_ELEMENTS = 2**22
 MIN_CHUNK_ROWS = 256
 
