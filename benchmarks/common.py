@@ -53,22 +53,29 @@ def in_process(script: str, *arguments: str) -> dict[str, Any]:
 
 
 def report(name: str, rows: list[dict[str, Any]]) -> None:
-    """Print a table and append one line per row to `results/NAME.jsonl`."""
-    import torch
-    import transformers
-
+    """Print a table and write the rows."""
     columns = list(rows[0])
     table = [columns] + [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
     for line in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    machine = {
-        "cpu": cpu_name(),
+    print(cpu_name())
+    write_results(name, rows)
+
+
+def write_results(name: str, rows: list[dict[str, Any]]) -> None:
+    """Append one line per row to `results/NAME.jsonl`, with the machine, the versions and the date."""
+    import torch
+    import transformers
+
+    machine = {"cpu": cpu_name()}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    machine |= {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
-    print(machine["cpu"])
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a") as file:
         for row in rows:

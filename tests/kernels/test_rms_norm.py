@@ -41,6 +41,14 @@ def test_reference_against_fp64(dtype) -> None:
     compare(reference.add_rms_norm, exact_add_rms_norm, x, residual, weight, eps=EPS)
 
 
+def test_one_row_without_gradients_is_the_same(device) -> None:
+    x, _, weight = inputs((1, 1, 512), torch.bfloat16, device)
+    with torch.no_grad():
+        assert torch.equal(
+            reference.rms_norm(x, weight, EPS), reference.rms_norm(x.expand(2, 1, 512), weight, EPS)[:1]
+        )
+
+
 def test_rounds_where_the_reference_rounds(device, triton_kernels) -> None:
     x, _, weight = inputs((16, 512), torch.bfloat16, device)
     assert (rms_norm(x, weight, EPS) != reference.rms_norm(x, weight, EPS)).float().mean() < 0.01
@@ -60,8 +68,9 @@ def test_a_slice_of_wider_rows(device, triton_kernels) -> None:
 
 def test_addresses_past_32_bits(device, triton_kernels, monkeypatch) -> None:
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # 4 GiB of address space only
-    x = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device).as_strided((2, 64), (2**31, 1))
-    x.copy_(torch.randn(2, 64))
+    # three rows 2^30 apart: a stride of 2^31 itself would be passed in 64 bits and hide a 32-bit product
+    x = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device).as_strided((3, 64), (2**30, 1))
+    x.copy_(torch.randn(3, 64))
     weight = torch.ones(64, dtype=torch.bfloat16, device=device)
     assert_close(rms_norm(x, weight, EPS), exact_rms_norm(x.double(), weight.double(), EPS), "far rows")
 

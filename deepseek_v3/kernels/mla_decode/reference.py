@@ -2,6 +2,8 @@
 
 import torch
 
+LOWEST = torch.finfo(torch.float32).min  # not -inf: a row that sees nothing would be NaN, and so would its gradient
+
 
 def mla_decode(
     query_latent: torch.Tensor,
@@ -21,18 +23,16 @@ def mla_decode(
     query_rope = query_rope.reshape(batch, length * heads, -1).transpose(1, 2)
     scores = torch.baddbmm(torch.matmul(key_rope, query_rope), latent, query_latent, beta=scale, alpha=scale)
     scores = scores.transpose(1, 2).to(wide, memory_format=torch.contiguous_format)
-    if mask is not None:
-        mask = mask[..., :total]
-        lowest = torch.finfo(wide).min  # and not -inf: a row that sees nothing would be NaN, and its gradient
-        if mask.dtype == torch.bool:
-            visible = mask
-            bias = torch.zeros_like(mask, dtype=wide).masked_fill_(~visible, lowest)
-        else:
-            visible = mask > torch.finfo(mask.dtype).min
-            bias = mask.to(wide).masked_fill(~visible, lowest)
-        scores.view(batch, length, heads, total).add_(bias.transpose(1, 2))  # in place: nothing saved it for backward
+    bias = None if mask is None else _bias(mask[..., :total].transpose(1, 2), wide)
+    if bias is not None:  # in place: backward needs the softmax, not what it was taken of
+        scores.view(batch, length, heads, total).add_(bias)
     weights = scores.softmax(dim=-1).to(latent.dtype)
     output = torch.matmul(weights, latent).view(batch, length, heads, columns)
-    if mask is not None:
-        output = output.masked_fill(~visible.any(dim=-1, keepdim=True).transpose(1, 2), 0.0)
-    return output
+    return output if bias is None else output * (bias.amax(dim=-1, keepdim=True) > LOWEST)
+
+
+def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a mask adds to the scores: LOWEST hides a key."""
+    if mask.dtype == torch.bool:
+        return torch.where(mask, 0.0, LOWEST).to(dtype)
+    return torch.where(mask > torch.finfo(mask.dtype).min, mask.to(dtype), LOWEST)

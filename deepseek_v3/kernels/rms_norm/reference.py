@@ -35,6 +35,9 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if x.numel() == x.shape[-1] and not torch.is_grad_enabled():  # decoding: one row costs less than its bookkeeping
+        x32 = x.float()
+        return (x32 * x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()).to(x.dtype) * weight
     return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
 
 
