@@ -5,7 +5,7 @@
 `compile_cases/<room>.py` calls the room's launchers on meta tensors at real sizes; the launches are caught and
 compiled instead. That is repeated with each entry of the configuration tables for that architecture. A line per kernel
 is printed, and the exit status is 1 if one does not compile, spills, wants more shared memory than a block has, or
-lacks the matrix instructions it should have on sm_90 (in bf16 with tiles of 64 rows or more).
+lacks the matrix instructions it should have on sm_90 (below fp32, with tiles of 64 rows or more).
 """
 
 import argparse
@@ -70,7 +70,8 @@ class Recorder:
         self.failures: list[str] = []
         self.compiled: set[str] = set()
         self.launched: set[str] = set()  # kernels met in the current pass
-        self.wgmma: frozenset[str] = frozenset()  # kernels of the current room that must use Hopper's matrix units
+        # Kernels of the current room that must use Hopper's matrix instructions -> the option with their tiles' rows.
+        self.wgmma: dict[str, str] = {}
         self._run = JITFunction.run
 
     def __call__(self, function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -94,8 +95,9 @@ class Recorder:
             problems.append(f"{shared} bytes of shared memory, a block has {SHARED_MEMORY[self.arch]}")
         if spilled:
             problems.append(f"{spilled} bytes spilled")
-        large = options.get("BLOCK_M", 64) >= 64 and "*bf16" in kernel.src.signature.values()  # wgmma has 64 rows
-        if self.arch == 90 and name in self.wgmma and large and not wgmma:
+        assert name not in self.wgmma or self.wgmma[name] in options, f"{name} has no option {self.wgmma[name]}"
+        narrow = re.search(r"bf16|fp16|fp8", " ".join(map(str, kernel.src.signature.values())))  # not fp32 throughout
+        if self.arch == 90 and narrow and options.get(self.wgmma.get(name), 0) >= 64 and not wgmma:
             problems.append("no wgmma")
         self.failures += [f"{name} {options}: {problem}" for problem in problems]
         print(
@@ -117,7 +119,7 @@ def check(arch: int, rooms: list[str]) -> list[str]:
         cases = importlib.import_module(f"tests.kernels.compile_cases.{room}")
         if arch < getattr(cases, "MIN_ARCH", 0):
             continue
-        recorder.wgmma, recorder.launched = frozenset(cases.WGMMA), set()
+        recorder.wgmma, recorder.launched = cases.WGMMA, set()
         cases.launch()
         for table in tables:
             for kernel in table.keys() & cases.CONFIGS.keys():

@@ -69,7 +69,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 driver.set_active(compile_check.NoDevice(90))
 recorder = compile_check.Recorder(90)
-recorder.wgmma = frozenset(["_bad_kernel"])
+recorder.wgmma = {{"_bad_kernel": "M"}}
 JITFunction.run = lambda self, *args, **kwargs: recorder(self, *args, **kwargs)
 bad_kernel.bad{sizes}
 print(recorder.failures)

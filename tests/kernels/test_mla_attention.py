@@ -185,10 +185,11 @@ def test_strided_inputs(tile, device, triton_kernels) -> None:
         expanded[..., 16:],
     )
     unaligned = tuple(torch.cat((x[..., :1], x), dim=-1)[..., 1:] for x in strided)  # no address divides by 16 bytes
+    shifted = tuple(torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape) for x in strided)
     columns_apart = tuple(x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in strided)
     with tiles(*tile):
         expected = run(mla_attention, query, key_nope, key_rope, value, scale=SCALE)
-        for views in (strided, unaligned, columns_apart):
+        for views in (strided, unaligned, shifted, columns_apart):
             output = mla_attention(*(x.requires_grad_() for x in views), SCALE)
             assert torch.equal(output, expected[0][0])
     grads = torch.autograd.grad(output, views, torch.ones_like(output))

@@ -152,10 +152,11 @@ def test_strided_inputs(tile, device, triton_kernels) -> None:
     longer = torch.cat((latent, latent), dim=1), torch.cat((key_rope, key_rope), dim=1)  # a longer cache's beginning
     strided = (query[..., :32], query[..., 32:], longer[0][:, :40], longer[1][:, :40])
     unaligned = tuple(torch.cat((x[..., :1], x), dim=-1)[..., 1:] for x in strided)  # no address divides by 16 bytes
+    shifted = tuple(torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape) for x in strided)
     columns_apart = tuple(x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in strided)
     with tiles(*tile):
         expected = mla_decode(query_latent, query_rope, latent, key_rope, SCALE, mask)
-        for views in (strided, unaligned, columns_apart):
+        for views in (strided, unaligned, shifted, columns_apart):
             assert torch.equal(mla_decode(*views, SCALE, mask.transpose(2, 3).contiguous().transpose(2, 3)), expected)
 
 

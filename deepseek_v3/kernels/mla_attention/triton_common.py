@@ -24,7 +24,7 @@ def rows_source(x: torch.Tensor, rows: int, tma: bool) -> Any:
         return x, *x.stride()[:3], x.shape[1]
     strides = [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape, x.stride(), strict=True)]
     if x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in strides[:-1]):
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)  # contiguous() may be the same memory
         strides = list(x.stride())
     return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], [1, rows, 1, x.shape[-1]])
 

@@ -5,7 +5,12 @@ import torch
 from deepseek_v3.kernels.configs import kernel_config
 from deepseek_v3.kernels.experts.triton_impl import expert_permutation, experts_backward, experts_forward
 
-WGMMA = {"_gate_up_kernel", "_grouped_product_kernel", "_grad_activation_kernel", "_grad_parameter_kernel"}
+WGMMA = {
+    "_gate_up_kernel": "BLOCK_M",
+    "_grouped_product_kernel": "BLOCK_M",
+    "_grad_activation_kernel": "BLOCK_M",
+    "_grad_parameter_kernel": "BLOCK_P",
+}
 
 
 def step(

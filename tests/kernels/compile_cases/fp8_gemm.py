@@ -5,7 +5,7 @@ import torch
 from deepseek_v3.kernels.fp8_gemm import triton_impl
 
 MIN_ARCH = 89  # the first with FP8 conversions and products
-WGMMA = {"_fp8_gemm_kernel", "_fp8_grouped_wgrad_kernel"}
+WGMMA = {"_fp8_gemm_kernel": "BLOCK_M", "_fp8_grouped_wgrad_kernel": "BLOCK_N"}
 
 
 def step(rows: int = 8192, inner: int = 7168, experts: int = 0, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -5,7 +5,7 @@ import torch
 from deepseek_v3.kernels.fp8_quant import triton_impl
 
 MIN_ARCH = 89  # the first with FP8 conversions and products
-WGMMA: set[str] = set()
+WGMMA: dict[str, str] = {}
 
 
 def step(

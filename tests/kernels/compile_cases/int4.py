@@ -4,7 +4,7 @@ import torch
 
 from deepseek_v3.kernels.int4.triton_impl import int4_linear_forward
 
-WGMMA = {"_int4_linear_kernel"}
+WGMMA = {"_int4_linear_kernel": "BLOCK_N"}  # the product is transposed: its rows are outputs
 
 
 def linear(rows: int, dtype: torch.dtype = torch.bfloat16, inputs: int = 2048, outputs: int = 7168, group: int = 128):

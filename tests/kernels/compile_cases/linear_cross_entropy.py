@@ -7,7 +7,7 @@ from deepseek_v3.kernels.linear_cross_entropy.triton_impl import (
     linear_cross_entropy_forward,
 )
 
-WGMMA: set[str] = set()
+WGMMA: dict[str, str] = {}
 
 
 def step(vocab: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> None:

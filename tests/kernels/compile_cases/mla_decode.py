@@ -4,7 +4,7 @@ import torch
 
 from deepseek_v3.kernels.mla_decode.triton_impl import mla_decode
 
-WGMMA: set[str] = set()  # a block of 16 or 32 rows uses mma.sync, one of 64 wgmma, and fp32 neither
+WGMMA = {"_mla_decode_kernel": "BLOCK_M"}
 
 
 def step(rows: int, dtype: torch.dtype, mask: torch.dtype | None, length: int = 1) -> None:

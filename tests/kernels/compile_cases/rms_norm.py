@@ -4,7 +4,7 @@ import torch
 
 from deepseek_v3.kernels.rms_norm.triton_impl import rms_norm_backward, rms_norm_forward
 
-WGMMA: set[str] = set()
+WGMMA: dict[str, str] = {}
 
 
 def step(columns: int, dtype: torch.dtype = torch.bfloat16, add: bool = True) -> None:

@@ -4,7 +4,7 @@ import torch
 
 from deepseek_v3.kernels.rope.triton_impl import rope, rope_in_place
 
-WGMMA: set[str] = set()
+WGMMA: dict[str, str] = {}
 
 
 def step(tokens: int, heads: int = 128, dtype: torch.dtype = torch.bfloat16, interleave: bool = True) -> None:

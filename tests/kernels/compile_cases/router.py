@@ -4,7 +4,7 @@ import torch
 
 from deepseek_v3.kernels.router.triton_impl import route_backward, route_forward
 
-WGMMA: set[str] = set()
+WGMMA: dict[str, str] = {}
 
 
 def step(tokens: int, experts: int = 256, top_k: int = 8, groups: int = 8, top_groups: int = 4) -> None:
