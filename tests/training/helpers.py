@@ -110,6 +110,8 @@ def tiny_model(**changes: Any) -> DeepseekV3ForCausalLM:
 
 def run_ranks(folder: Path, function: Callable[[], Any], world_size: int = 2, seconds: int = 120) -> list[str]:
     """Call `function` in `world_size` forked gloo processes; returns each one's outcome: "done" or its exception."""
+    if torch.version.cuda:
+        pytest.skip("forks: autograd of a CUDA build of torch refuses to run in a forked process")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
