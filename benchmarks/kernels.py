@@ -12,7 +12,6 @@ this GPU under `deepseek_v3/kernels/configs/`.
 import argparse
 import importlib
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +114,7 @@ def main() -> None:
                 rows.append(row | {"matmul_tflops": round(tflops, 1), "copy_gb_per_s": round(bandwidth, 1)})
                 print(row, flush=True)
             torch.cuda.empty_cache()
-    name = re.sub(r"\W+", "_", torch.cuda.get_device_name()).lower()
+    name = configs.table_name(device)
     write_results(f"kernels_{name}", rows)
     if tuned:
         (RESULTS / f"tuning_{name}.json").write_text(json.dumps(tuned, indent=1))

@@ -19,6 +19,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from transformers.modeling_utils import PreTrainedModel
 
 from ..configuration import DeepseekV3Config
+from ..kernels.fp8_quant.reference import spread_scales
 from .weight_files import TensorEntry, scan_folder
 
 FP8_SUFFIX = "_scale_inv"
@@ -195,9 +196,7 @@ class FP8BlockTensor:
     def __getitem__(self, index: Any) -> torch.Tensor:
         weight = self._opened(self._entry.file).get_tensor(self._name).float()
         scale = self._opened(self._scale.file).get_tensor(self._name + FP8_SUFFIX).float()
-        rows, columns = self._block
-        scale = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)[:, : weight.shape[1]]
-        return weight.mul_(scale).to(torch.bfloat16)[index]
+        return weight.mul_(spread_scales(scale, weight.shape, *self._block)).to(torch.bfloat16)[index]
 
 
 def _fp8_state_dict(entries: Mapping[str, TensorEntry], config: DeepseekV3Config, where: str) -> dict[str, Any]:

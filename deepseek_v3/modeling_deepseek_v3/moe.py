@@ -84,9 +84,8 @@ def grouped_experts_forward(
     """
     if not _is_fused_swiglu(self):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
-    hidden = hidden_states.to(
-        self.gate_up_proj.dtype
-    )  # autocast does not reach the op, as it does not reach grouped_mm
+    # Autocast does not reach the op, as it does not reach grouped_mm.
+    hidden = hidden_states.to(self.gate_up_proj.dtype)
     output = grouped_swiglu_experts(hidden, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
     return output.to(hidden_states.dtype)
 
@@ -94,10 +93,8 @@ def grouped_experts_forward(
 def _is_fused_swiglu(experts: nn.Module) -> bool:
     unlike = ("has_bias", "is_transposed", "has_post_expert_norm")
     layout = experts.has_gate and experts.is_concatenated and not any(getattr(experts, name, False) for name in unlike)
-    activation = type(experts)._apply_gate is _default_apply_gate and isinstance(
-        experts.act_fn, (nn.SiLU, SiLUActivation)
-    )
-    return layout and activation
+    swiglu = type(experts)._apply_gate is _default_apply_gate and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
+    return layout and swiglu
 
 
 ALL_EXPERTS_FUNCTIONS.register("deepseek_v3", grouped_experts_forward)

@@ -12,9 +12,13 @@ ROOMS = sorted(path.stem for path in (HERE / "compile_cases").glob("*.py"))
 
 
 def compile_check(*arguments: str) -> subprocess.CompletedProcess:
+    return compiling(str(HERE / "compile_check.py"), *arguments)
+
+
+def compiling(*arguments: str) -> subprocess.CompletedProcess:
+    """Python with `arguments`, where Triton compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(HERE / "compile_check.py"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
@@ -74,6 +78,5 @@ JITFunction.run = lambda self, *args, **kwargs: recorder(self, *args, **kwargs)
 bad_kernel.bad{sizes}
 print(recorder.failures)
 """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    found = compiling("-c", script)
     assert complaint in found.stdout, found.stdout + found.stderr

@@ -27,13 +27,17 @@ def read_table(name: str) -> dict[str, list[dict[str, Any]]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def table_name(device: torch.device) -> str:
+    """The name of a CUDA device's own table: `nvidia_h100_80gb_hbm3`."""
+    return re.sub(r"\W+", "_", torch.cuda.get_device_name(device)).lower()
+
+
 @cache
 def _table_names(device: torch.device) -> tuple[str, ...]:
     if device.type != "cuda":
         return ("default",)
-    name = re.sub(r"\W+", "_", torch.cuda.get_device_name(device)).lower()
     major, minor = torch.cuda.get_device_capability(device)
-    return name, f"sm_{major}{minor}", "default"
+    return table_name(device), f"sm_{major}{minor}", "default"
 
 
 @cache

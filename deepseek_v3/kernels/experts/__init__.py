@@ -116,10 +116,9 @@ def _backward(
     frozen: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if not uses_triton(hidden):
-        inputs = (hidden, weights, gate_up, down, order, slots, offsets)
-        if projected.dim() == 1:
-            _, projected = torch_impl.experts_forward(*inputs)
-        return torch_impl.experts_backward(grad, *inputs, projected, frozen)
+        return torch_impl.experts_backward(
+            grad, hidden, weights, gate_up, down, order, slots, offsets, projected, frozen
+        )
     from .triton_impl import experts_backward
 
     return experts_backward(grad, hidden, weights, gate_up, down, order, slots, offsets, frozen)

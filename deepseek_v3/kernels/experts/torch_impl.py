@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from ..blocks import row_blocks
+from ..dispatch import DTYPES
 
 
 def fits(hidden: torch.Tensor, down: torch.Tensor) -> bool:
     """Whether `grouped_mm` takes these: no fp64, rows that are a multiple of 16 bytes."""
     aligned = all(width * hidden.element_size() % 16 == 0 for width in down.shape[1:])
-    return hidden.dtype in (torch.float32, torch.bfloat16, torch.float16) and aligned
+    return hidden.dtype in DTYPES and aligned
 
 
 def is_one_token(hidden: torch.Tensor) -> bool:
@@ -45,7 +46,7 @@ def experts_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> the output `[N, H]` and the gate and up projections of every row `[R, 2I]`, for backward."""
     token_of, row_of, ends = _rows(hidden, order, slots, offsets)
-    projected = _clear_tail(F.grouped_mm(_gather(hidden, token_of), gate_up.transpose(1, 2), offs=ends), ends)
+    projected = _project(hidden, gate_up, token_of, ends)
     activated = projected.new_empty(projected.shape[0], down.shape[2])
     row_weights = _row_weights(weights, row_of, projected.shape[0])
     for projected_, weight_, activated_ in row_blocks(projected, row_weights, activated):
@@ -69,9 +70,12 @@ def experts_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> gradients of `hidden`, `weights`, `gate_up` and `down` (empty ones for the latter two if `frozen`).
 
+    `projected` as forward returned it, or a 1-D tensor: then it is computed again.
     A weight's gradient is `<grad W_down, activation>` (arXiv 2512.14080), so the down projection is not kept.
     """
     token_of, row_of, ends = _rows(hidden, order, slots, offsets)
+    if projected.dim() == 1:
+        projected = _project(hidden, gate_up, token_of, ends)
     grad_rows = _gather(grad, token_of)
     grad_activated = _clear_tail(F.grouped_mm(grad_rows, down, offs=ends), ends)
     row_weights = _row_weights(weights, row_of, projected.shape[0])
@@ -95,6 +99,11 @@ def experts_backward(
         return grad_hidden, grad_weights, gate_up.new_empty(0), down.new_empty(0)
     grad_gate_up = F.grouped_mm(grad_projected.t(), _gather(hidden, token_of), offs=ends)
     return grad_hidden, grad_weights, grad_gate_up, F.grouped_mm(grad_rows.t(), activated, offs=ends)
+
+
+def _project(hidden: torch.Tensor, gate_up: torch.Tensor, token_of: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Gate and up of every row, `[R, 2I]`."""
+    return _clear_tail(F.grouped_mm(_gather(hidden, token_of), gate_up.transpose(1, 2), offs=ends), ends)
 
 
 def _alignment(hidden: torch.Tensor, choices: int, num_experts: int) -> int:

@@ -31,7 +31,7 @@ def quantize_weight(weight: torch.Tensor, transpose: bool, power_of_two: bool) -
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`[..., R, C]` of 1x128 tiles (scale `[..., R, ceil(C/128)]`) or 128x128 blocks (`[..., ceil(R/128), ...]`)."""
     rows = 1 if scale.shape[-2] == codes.shape[-2] else TILE
-    return (codes.float() * _spread(scale, codes.shape, rows, TILE)).to(dtype)
+    return (codes.float() * spread_scales(scale, codes.shape, rows, TILE)).to(dtype)
 
 
 def pad_experts(x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -56,10 +56,10 @@ def _quantize(x: torch.Tensor, rows: int, columns: int, power_of_two: bool) -> t
     scale = (absmax / torch.full_like(absmax, E4M3_MAX)).clamp_min(SMALLEST_SCALE)
     if power_of_two:  # up to the next one: the mantissa's bits carry into the exponent
         scale = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-    return (x * _spread(1 / scale, x.shape, rows, columns)).to(torch.float8_e4m3fn).contiguous(), scale
+    return (x * spread_scales(1 / scale, x.shape, rows, columns)).to(torch.float8_e4m3fn).contiguous(), scale
 
 
-def _spread(scale: torch.Tensor, shape: torch.Size, rows: int, columns: int) -> torch.Tensor:
-    """One factor per tile -> one per element of `shape`."""
+def spread_scales(scale: torch.Tensor, shape: torch.Size, rows: int, columns: int) -> torch.Tensor:
+    """One factor per tile of `rows x columns`, smaller at the edges -> one per element of `shape`."""
     scale = scale.repeat_interleave(rows, -2)[..., : shape[-2], :]
     return scale.repeat_interleave(columns, -1)[..., : shape[-1]]
