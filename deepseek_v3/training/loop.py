@@ -12,8 +12,9 @@ from accelerate import Accelerator
 
 from ..data import IGNORE_INDEX, PackedDataset, iterate_batches
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
+from ..optimizer import MasterAdamW
 from .balance import RoutingBiasHook
-from .optimizer import MasterAdamW, learning_rate
+from .optimizer import learning_rate
 from .recipe import Recipe
 
 
@@ -56,7 +57,7 @@ def fit(
         NonFiniteError: names the step.
     """
     hook = RoutingBiasHook(model)
-    handle = optimizer.inner.register_step_pre_hook(hook)
+    handle = optimizer.register_step_pre_hook(hook)
     wrapped = accelerator.prepare(model) if accelerator.num_processes > 1 else model
     model.train()
     batches = iterate_batches(
@@ -70,7 +71,7 @@ def fit(
     try:
         for step in range(start_step, recipe.steps):
             rate = learning_rate(step, recipe)
-            for group in optimizer.inner.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = rate
             resting = step >= recipe.bias_update_until * recipe.steps
             hook.speed = 0.0 if resting else model.config.bias_update_speed

@@ -1,58 +1,22 @@
-"""AdamW with fp32 master weights, and the learning-rate schedule."""
+"""The optimizer of a recipe, and the learning-rate schedule."""
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
-import torch
 from torch import nn
 
+from ..optimizer import MasterAdamW
 from .recipe import Recipe
 
 
-class MasterAdamW:
-    """AdamW over fp32 copies of the parameters, which are rounded back after each step.
-
-    An update smaller than half a unit in bf16's last place (0.4 % of the weight) would be lost on bf16 weights. fp32
-    parameters are updated in place. Matrices decay; norms and other vectors do not.
-
-    Attributes:
-        inner: the `torch.optim.AdamW` that does the work: schedules and step hooks attach to it.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], recipe: Recipe) -> None:
-        self.parameters = [p for p in parameters if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
-        matrices = [m for m in self.masters if m.dim() > 1]
-        vectors = [m for m in self.masters if m.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        betas = (recipe.beta1, recipe.beta2)
-        self.inner = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=True)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter and parameter.grad is not None:
-                master.grad = parameter.grad.float()
-                parameter.grad = None
-        self.inner.step()
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                parameter.copy_(master)
-
-    def zero_grad(self) -> None:
-        for tensor in (*self.parameters, *self.masters):
-            tensor.grad = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Moments and master weights, for bitwise resumption."""
-        return {"adamw": self.inner.state_dict(), "masters": [m.detach() for m in self.masters]}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state["adamw"])
-        for master, saved in zip(self.masters, state["masters"], strict=True):
-            master.copy_(saved)
+def build_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> MasterAdamW:
+    """AdamW of the parameters that are trained. Matrices decay; norms and other vectors do not (paper 4.2)."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return MasterAdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2))
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..configuration import DeepseekV3Config, num_parameters
 from ..data import Corpus, load_corpus
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
+from ..process import any_rank, keep_freed_memory, locked, stop_signals
 from ..tokenization import check_vocab
 from .balance import routers
 from .checkpoint import load_optimizer_state, newest_state, save_state
@@ -25,8 +26,7 @@ from .compare import baselines, dense_twin, training_flops
 from .evaluation import heldout_bits_per_byte, mtp_acceptance, write_samples
 from .loop import StepResult, fit
 from .monitor import Monitor, plot_load, plot_loss, read_metrics, say
-from .optimizer import MasterAdamW
-from .process import any_rank, keep_freed_memory, locked, stop_signals
+from .optimizer import build_optimizer
 from .recipe import Recipe
 from .text import TextData, prepare_text
 
@@ -95,7 +95,7 @@ def _run(
     model.to(accelerator.device)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = MasterAdamW(model.parameters(), recipe)
+    optimizer = build_optimizer(model.parameters(), recipe)
 
     count = num_parameters(config)
     say(
@@ -248,7 +248,7 @@ def _train_dense(
     say("training a dense model of equal compute")
     torch.manual_seed(recipe.seed)
     model = DeepseekV3ForCausalLM(dense_twin(config)).to(accelerator.device, dtype)
-    optimizer = MasterAdamW(model.parameters(), recipe)
+    optimizer = build_optimizer(model.parameters(), recipe)
     every = max(recipe.log_every, recipe.steps // 10)
     monitor = Monitor(None, recipe.steps, 0, every, data.bytes_per_token, "dense")
     with stop_signals() as stop:

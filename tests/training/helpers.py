@@ -152,3 +152,14 @@ def _rank(outcome: Path, function: Callable[[], Any], rank: int, world_size: int
         outcome.write_text(text)
     finally:
         os._exit(0)
+
+
+def without(state: dict[str, Any], forgotten: str) -> dict[str, Any]:
+    """An optimizer's state as it were had its `moments` (and their step) or its fp32 `masters` not been kept."""
+
+    def value(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name == "master":
+            return tensor.bfloat16().float() if forgotten == "masters" else tensor
+        return torch.zeros_like(tensor) if forgotten == "moments" else tensor
+
+    return state | {"state": {i: {k: value(k, v) for k, v in entry.items()} for i, entry in state["state"].items()}}

@@ -17,7 +17,7 @@ from deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from deepseek_v3.training import LoadStatistics, RoutingBiasHook, load_counts, update_routing_bias
 from deepseek_v3.training.balance import routers
 from deepseek_v3.training.loop import fit
-from deepseek_v3.training.optimizer import MasterAdamW
+from deepseek_v3.training.optimizer import build_optimizer
 from tests.training.helpers import run_ranks, synthetic_data, tiny_model, tiny_recipe
 
 NAMES = ["model.layers.1.mlp.gate", "model.layers.2.mlp.gate", "model.layers.3.mlp.gate"]  # the last one is MTP's
@@ -146,17 +146,17 @@ def test_speed_zero_freezes_and_still_forgets(tmp_path) -> None:
         seen.append(biases(model))
         return False
 
-    fit(model, MasterAdamW(model.parameters(), recipe), synthetic_data(30), recipe, Accelerator(), on_step)
+    fit(model, build_optimizer(model.parameters(), recipe), synthetic_data(30), recipe, Accelerator(), on_step)
     moved = [not torch.equal(a, b) for a, b in zip([before, *seen[:-1]], seen, strict=True)]
     assert moved == [True, True, True, False, False, False]
 
 
 def test_fit_takes_the_hook_away_again(tmp_path) -> None:
     model, recipe = tiny_model(), tiny_recipe(tmp_path, tmp_path, steps=1)
-    optimizer = MasterAdamW(model.parameters(), recipe)
+    optimizer = build_optimizer(model.parameters(), recipe)
     for _ in range(2):
         fit(model, optimizer, synthetic_data(30), recipe, Accelerator(), lambda _: False)
-        assert not optimizer.inner._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_pre_hooks
 
 
 @pytest.mark.parametrize(("speed", "low", "high"), [(0.01, 0.0, 0.35), (0.0, 1.5, 9.0)])
@@ -205,7 +205,7 @@ def test_model_without_moe_layers(tmp_path) -> None:
     assert update_routing_bias(model, 0.1).shape == (0, 0)
     recipe = tiny_recipe(tmp_path, tmp_path, steps=2)
     losses = []
-    optimizer = MasterAdamW(model.parameters(), recipe)
+    optimizer = build_optimizer(model.parameters(), recipe)
     fit(model, optimizer, synthetic_data(30), recipe, Accelerator(), lambda r: losses.append(r.loss))
     assert len(losses) == 2
     RoutingBiasHook(SimpleNamespace(config=SimpleNamespace(bias_update_speed=0.1), named_modules=lambda: []))()
@@ -220,7 +220,7 @@ def test_two_ranks_end_with_the_biases_of_one_process(tmp_path) -> None:
 
     def train() -> None:
         torch.manual_seed(0)
-        optimizer = MasterAdamW(model.parameters(), recipe)
+        optimizer = build_optimizer(model.parameters(), recipe)
         accelerator = Accelerator(cpu=True)
         assert accelerator.num_processes == (dist.get_world_size() if dist.is_initialized() else 1)
         fit(model, optimizer, data, recipe, accelerator, lambda r: results.append(r.counts))
