@@ -1,20 +1,18 @@
 """What a pretraining run is: one strict, flat recipe, read from YAML."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import yaml
+from typing import Any, Literal
 
 from ..configuration import PRESETS, DeepseekV3Config, preset
+from ..recipe import YamlRecipe
 
 QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 Dtype = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(YamlRecipe):
     """A pretraining run. Two runs of one recipe on one machine give the same losses.
 
     Attributes:
@@ -73,8 +71,6 @@ class Recipe:
     compare: bool = True
 
     def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):
-            self._check_type(spec.name, spec.type, getattr(self, spec.name))
         at_least_one = ("batch_size", "steps", "log_every", "eval_every", "save_every", "keep_checkpoints")
         ranges: dict[str, tuple[float, float]] = dict.fromkeys(at_least_one, (1, 1e12))
         ranges |= {"sequence_length": (2, 2**24), "warmup_steps": (0, 1e12), "seed": (0, 2**63 - 1)}
@@ -82,10 +78,7 @@ class Recipe:
         ranges |= dict.fromkeys(("beta1", "beta2"), (0.0, 0.99999))
         ranges |= {"learning_rate": (0.0, 10.0), "weight_decay": (0.0, 10.0), "grad_clip": (1e-6, 1e6)}
         ranges["heldout_fraction"] = (1e-4, 0.5)
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"recipe: {name} is {value!r}, allowed are {low:g} to {high:g}")
+        self.check(ranges)
         if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
             raise ValueError(
                 f"recipe: micro_batch_size is {self.micro_batch_size}, allowed are 1 to {self.batch_size}"
@@ -95,38 +88,10 @@ class Recipe:
         if names := [name for name in self.model if not isinstance(name, str)]:
             raise ValueError(f"recipe: model has the field {names[0]!r}, allowed are names")
 
-    @staticmethod
-    def _check_type(name: str, annotation: Any, value: Any) -> None:
-        if annotation is Dtype:
-            if value not in get_args(Dtype):
-                raise ValueError(f"recipe: {name} is {value!r}, allowed are {', '.join(get_args(Dtype))}")
-            return
-        allowed = get_args(annotation) or (annotation,)
-        if annotation == dict[str, Any]:
-            allowed = (dict,)
-        if float in allowed:
-            allowed = (*allowed, int)
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            names = " or ".join(a.__name__ for a in allowed)
-            raise ValueError(f"recipe: {name} is {value!r}, allowed is {names}")
-
     @classmethod
     def load(cls, path: str | Path = QUICKSTART, **overrides: Any) -> "Recipe":
         """Read a YAML file; `overrides` win. Raises `ValueError` naming the file and the field."""
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            raise ValueError(f"{path}: cannot be read as a recipe: {error}") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{path}: a recipe is a mapping of fields, found {type(content).__name__}")
-        known = [spec.name for spec in dataclasses.fields(cls)]
-        unknown = sorted(str(key) for key in (content | overrides) if key not in known)
-        if unknown:
-            raise ValueError(f"{path}: unknown field {', '.join(unknown)}; allowed are {', '.join(known)}")
-        try:
-            recipe = cls(**{name: _as_number(name, value) for name, value in (content | overrides).items()})
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        recipe = super().load(path, **overrides)
         try:
             recipe.config()
         except ValueError as error:
@@ -137,13 +102,3 @@ class Recipe:
         """The model's configuration, with the tokenizer's special token ids."""
         lengths = {"max_position_embeddings": max(self.sequence_length, preset(self.preset).max_position_embeddings)}
         return preset(self.preset, **(lengths | special_tokens | self.model))
-
-
-def _as_number(name: str, value: Any) -> Any:
-    """YAML 1.1 reads `1e-3`, without a point, as a string."""
-    if isinstance(value, str) and Recipe.__dataclass_fields__[name].type is float:
-        try:
-            return float(value)
-        except ValueError:
-            pass  # the check of types says what is allowed
-    return value
