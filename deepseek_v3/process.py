@@ -1,16 +1,18 @@
-"""What a run asks of its process: a lock on its folder, signals that stop it between steps, memory that is kept."""
+"""What a run asks of its process: a lock on its folder, signals that stop it between steps, memory, plain lines."""
 
 import ctypes
 import fcntl
 import os
 import platform
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 def keep_freed_memory() -> None:
@@ -68,3 +70,11 @@ def any_rank(received: list[int]) -> bool:
     flags: list[bool | None] = [None] * dist.get_world_size()
     dist.all_gather_object(flags, bool(received))
     return any(flags)
+
+
+def say(message: str) -> None:
+    """One plain line of the first rank, without disturbing a progress bar."""
+    if dist.is_initialized() and dist.get_rank():
+        return
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()

@@ -69,7 +69,7 @@ def read_files(source: str, text_field: str) -> list[Document]:
         ValueError: nothing found, a file that is not UTF-8 (with the byte offset), a line that is not a JSON object
             with the string field `text_field` (as ``file:line``).
     """
-    root, paths = _find_files(source)
+    root, paths = find_files(source)
     return [doc for path in paths for doc in _read_file(path, path.relative_to(root).as_posix(), text_field)]
 
 
@@ -84,24 +84,9 @@ def read_datasets(source: str, text_field: str) -> tuple[list[Document], str | N
     Raises:
         ValueError: malformed source, `datasets` not installed, unknown split or column, or a row without text.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(f"source {source!r} needs the datasets library: pip install datasets") from error
-
-    name, *rest = source.removeprefix(DATASETS_PREFIX).split(":")
-    if not name or len(rest) > 2:
-        raise ValueError(f"source {source!r}: expected {DATASETS_PREFIX}NAME[:CONFIG[:SPLIT]]")
-    config, split = (rest + ["", ""])[:2]
+    name, config, split = parse_datasets(source)
     split = split or "train"
-    if (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
-        loaded = datasets.load_from_disk(name)
-        if isinstance(loaded, datasets.DatasetDict):
-            if split not in loaded:
-                raise ValueError(f"source {source!r}: split {split!r} not found; it has {sorted(loaded)}")
-            loaded = loaded[split]
-    else:
-        loaded = datasets.load_dataset(name, config or None, split=split)
+    loaded = load_datasets(source, name, config, split)
     if text_field not in loaded.column_names:
         raise ValueError(f"source {source!r}: column {text_field!r} not found; it has {loaded.column_names}")
     prefix = ":".join(part for part in (name, config, split) if part)
@@ -111,6 +96,116 @@ def read_datasets(source: str, text_field: str) -> tuple[list[Document], str | N
             raise ValueError(f"source {source!r}: row {row}, column {text_field!r}: expected text, found {text!r:.60}")
         documents.append(Document(f"{prefix}:{row}", text))
     return documents, loaded.info.license or None
+
+
+def parse_datasets(source: str) -> tuple[str, str, str]:
+    """(NAME, CONFIG, SPLIT) of ``datasets:NAME[:CONFIG[:SPLIT]]``; empty text where a part is not given.
+
+    Raises:
+        ValueError: no name, or more than three parts.
+    """
+    name, *rest = source.removeprefix(DATASETS_PREFIX).split(":")
+    if not name or len(rest) > 2:
+        raise ValueError(f"source {source!r}: expected {DATASETS_PREFIX}NAME[:CONFIG[:SPLIT]]")
+    config, split = (rest + ["", ""])[:2]
+    return name, config, split
+
+
+def load_datasets(source: str, name: str, config: str, split: str) -> Any:
+    """The `Dataset` of one split, or, where `split` is empty, what is there: a `DatasetDict` or a lone `Dataset`.
+
+    Raises:
+        ValueError: `datasets` not installed, or a folder of `save_to_disk` without that split.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"source {source!r} needs the datasets library: pip install datasets") from error
+
+    if not any((Path(name) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
+        return datasets.load_dataset(name, config or None, split=split or None)
+    loaded = datasets.load_from_disk(name)
+    if split and isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise ValueError(f"source {source!r}: split {split!r} not found; it has {sorted(loaded)}")
+        return loaded[split]
+    return loaded
+
+
+def find_files(source: str, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> tuple[Path, list[Path]]:
+    """The files of a path, a folder (only `suffixes`, recursively) or a glob, sorted, and the folder names start at.
+
+    Raises:
+        ValueError: nothing found.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path.parent, [path]
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if p.is_file() and plain_suffix(p) in suffixes]
+        if not found:
+            endings = ", ".join(suffixes)
+            raise ValueError(f"{source}: no file in this folder ends in {endings} (plain, .gz or .xz); try a glob")
+        return path, sorted(found, key=lambda p: p.relative_to(path).as_posix())
+    if glob.has_magic(source):
+        found = [Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file()]
+        if not found:
+            raise ValueError(f"{source}: the pattern matches no file")
+        fixed = []
+        for part in path.parts:
+            if glob.has_magic(part):
+                break
+            fixed.append(part)
+        return Path(*fixed), sorted(found, key=lambda p: p.as_posix())
+    raise ValueError(
+        f"{source}: no such file or folder (other sources: 'stdlib', a glob, or '{DATASETS_PREFIX}NAME:CONFIG:SPLIT')"
+    )
+
+
+def plain_suffix(path: Path) -> str:
+    """The suffix below a trailing ``.gz`` or ``.xz``."""
+    return path.with_suffix("").suffix if path.suffix in _OPENERS else path.suffix
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's content, decompressed.
+
+    Raises:
+        ValueError: it cannot be read or decompressed.
+    """
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
+            return file.read()
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """The file's text, decompressed, line ends as they are.
+
+    Raises:
+        ValueError: unreadable, or not UTF-8 (with the byte offset).
+    """
+    data = read_bytes(path)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = data[error.start]
+        raise ValueError(f"{path}: not UTF-8: byte 0x{found:02x} at byte offset {error.start}") from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of each line of a JSON Lines file that is not blank.
+
+    Raises:
+        ValueError: a line that is not JSON, as ``file:line``.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), start=1):  # splitlines() also cuts at U+2028
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not JSON: {error}") from error
 
 
 def _stdlib_files(root: Path) -> Iterator[tuple[str, Path]]:
@@ -132,60 +227,15 @@ def _is_generated_codec(doc: Document) -> bool:
     return doc.name.startswith("encodings/") and any(mark in doc.text for mark in _GENERATED_CODEC_MARKS)
 
 
-def _find_files(source: str) -> tuple[Path, list[Path]]:
-    """The files of a path or glob, sorted, and the folder their names are relative to."""
-    path = Path(source)
-    if path.is_file():
-        return path.parent, [path]
-    if path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file() and _plain_suffix(p) in TEXT_SUFFIXES]
-        if not found:
-            endings = ", ".join(TEXT_SUFFIXES)
-            raise ValueError(f"{source}: no file in this folder ends in {endings} (plain, .gz or .xz); try a glob")
-        return path, sorted(found, key=lambda p: p.relative_to(path).as_posix())
-    if glob.has_magic(source):
-        found = [Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file()]
-        if not found:
-            raise ValueError(f"{source}: the pattern matches no file")
-        fixed = []
-        for part in path.parts:
-            if glob.has_magic(part):
-                break
-            fixed.append(part)
-        return Path(*fixed), sorted(found, key=lambda p: p.as_posix())
-    raise ValueError(
-        f"{source}: no such file or folder (other sources: 'stdlib', a glob, or '{DATASETS_PREFIX}NAME:CONFIG:SPLIT')"
-    )
-
-
-def _plain_suffix(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix in _OPENERS else path.suffix
-
-
 def _read_file(path: Path, name: str, text_field: str) -> Iterator[Document]:
-    try:
-        with _OPENERS.get(path.suffix, open)(path, "rb") as file:
-            data = file.read()
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        found = data[error.start]
-        raise ValueError(f"{path}: not UTF-8: byte 0x{found:02x} at byte offset {error.start}") from error
-    if _plain_suffix(path) != ".jsonl":
-        yield Document(name, text)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut at U+2028 inside a string
-        if line.strip():
-            yield Document(f"{name}:{number}", _json_text(line, f"{path}:{number}", text_field))
+    if plain_suffix(path) == ".jsonl":
+        for number, record in json_lines(path):
+            yield Document(f"{name}:{number}", _text_of(record, f"{path}:{number}", text_field))
+    else:
+        yield Document(name, read_text(path))
 
 
-def _json_text(line: str, where: str, text_field: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
+def _text_of(record: Any, where: str, text_field: str) -> str:
     if not isinstance(record, dict) or text_field not in record:
         found = sorted(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{where}: field {text_field!r} not found; found {found}")

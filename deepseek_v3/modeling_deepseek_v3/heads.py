@@ -106,7 +106,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin, Laten
                 [(logits, attention_mask) for logits in outputs.router_logits or ()] if needs_balance else []
             )
             mtp: list[tuple[torch.Tensor, torch.Tensor]] = []
-            if training and self.mtp_layers and past_key_values is None:
+            if training and self.mtp_layers and self.config.mtp_loss_coef and past_key_values is None:
                 embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
                 mtp, mtp_router = self._mtp_states(
                     hidden_states, embeddings, targets, attention_mask, position_ids, **kwargs

@@ -16,6 +16,7 @@ from transformers.utils.generic import maybe_autocast
 
 from ..configuration import DeepseekV3Config
 from ..kernels.experts import grouped_swiglu_experts
+from ..kernels.experts.lora import grouped_lora_experts, is_quantized
 from ..kernels.router import route
 from .layers import DeepseekV3MLP, Fp32Buffers
 
@@ -82,19 +83,33 @@ def grouped_experts_forward(
     `top_k_weights [N, K]` -> `[N, H]`. Experts that are not SwiGLU on fused weights without biases are left to
     transformers' `"grouped_mm"`.
     """
-    if not _is_fused_swiglu(self):
+    if not is_fused_swiglu(self):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     # Autocast does not reach the op, as it does not reach grouped_mm.
     hidden = hidden_states.to(self.gate_up_proj.dtype)
-    output = grouped_swiglu_experts(hidden, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
+    experts = _quantized_experts if is_quantized(self.gate_up_proj) else grouped_swiglu_experts
+    output = experts(hidden, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
     return output.to(hidden_states.dtype)
 
 
-def _is_fused_swiglu(experts: nn.Module) -> bool:
-    unlike = ("has_bias", "is_transposed", "has_post_expert_norm")
-    layout = experts.has_gate and experts.is_concatenated and not any(getattr(experts, name, False) for name in unlike)
-    swiglu = type(experts)._apply_gate is _default_apply_gate and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
-    return layout and swiglu
+def _quantized_experts(
+    hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: nn.Module, down: nn.Module
+) -> torch.Tensor:
+    """`grouped_swiglu_experts` with weights that are dequantized for each product and not kept for backward."""
+    if torch.is_grad_enabled():
+        return grouped_lora_experts(hidden, indices, weights, gate_up, down, None, None)
+    used, indices = indices.unique(return_inverse=True)  # in decoding only a few are
+    used = used[used < gate_up.shape[0]]
+    dense = (weight.dequantize(hidden.dtype, used) for weight in (gate_up, down))
+    return grouped_swiglu_experts(hidden, indices, weights, *dense)
+
+
+def is_fused_swiglu(experts: nn.Module) -> bool:
+    """Whether a module is the routed experts of a model and `kernels.experts` computes them."""
+    traits = ("has_gate", "is_concatenated", "has_bias", "is_transposed", "has_post_expert_norm")
+    if [name for name in traits if getattr(experts, name, False)] != ["has_gate", "is_concatenated"]:
+        return False
+    return type(experts)._apply_gate is _default_apply_gate and isinstance(experts.act_fn, nn.SiLU | SiLUActivation)
 
 
 ALL_EXPERTS_FUNCTIONS.register("deepseek_v3", grouped_experts_forward)
@@ -112,6 +127,24 @@ class DeepseekV3Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Also takes the experts one by one, by their official names: `Trainer` loads a checkpoint's files so when it
+        resumes, and would leave the experts as they were."""
+        inside = [name for name in state_dict if name.startswith(prefix) and name.endswith("_proj.weight")]
+        if inside and is_quantized(self.gate_up_proj):
+            raise ValueError(f"{prefix}: quantized experts, found {inside[0]}: load such weights before quantizing")
+        for name in inside:
+            expert, projection, _ = name.removeprefix(prefix).split(".")
+            gate, up = self.gate_up_proj[int(expert)].chunk(2)
+            {"gate_proj": gate, "up_proj": up, "down_proj": self.down_proj[int(expert)]}[projection].copy_(
+                state_dict[name]
+            )
+        if len(inside) == 3 * self.num_experts:
+            fused = {f"{prefix}{name}": parameter for name, parameter in self.named_parameters(recurse=False)}
+            state_dict = {name: value for name, value in state_dict.items() if name not in inside} | fused
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

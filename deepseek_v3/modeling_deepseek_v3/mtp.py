@@ -24,6 +24,14 @@ class DeepseekV3SharedHead(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.norm(hidden_states)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(_without(state_dict, f"{prefix}head.weight"), prefix, *args)
+
+
+def _without(state_dict: dict[str, torch.Tensor], copy: str) -> dict[str, torch.Tensor]:
+    """Checkpoints hold the main model's embedding and head once more in each MTP layer."""
+    return {name: value for name, value in state_dict.items() if name != copy}
+
 
 class DeepseekV3MTPLayer(DeepseekV3DecoderLayer):
     """One MTP module: `eh_proj([enorm(embedding); hnorm(state)])`, then a decoder layer (eq. 21-22)."""
@@ -35,6 +43,9 @@ class DeepseekV3MTPLayer(DeepseekV3DecoderLayer):
         self.hnorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.eh_proj = DeepseekV3Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = DeepseekV3SharedHead(config)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(_without(state_dict, f"{prefix}embed_tokens.weight"), prefix, *args)
 
     def forward(  # type: ignore[override]
         self,

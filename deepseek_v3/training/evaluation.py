@@ -1,41 +1,11 @@
-"""What is measured of a trained model: held-out bits per byte, MTP acceptance, samples."""
+"""What is measured of a trained model besides bits per byte: MTP acceptance, samples."""
 
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..data import IGNORE_INDEX, PackedDataset, bits_per_byte
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
-from .loop import model_inputs
-
-
-@torch.no_grad()
-def heldout_bits_per_byte(
-    model: DeepseekV3ForCausalLM,
-    dataset: PackedDataset,
-    n_bytes: int,
-    document_mask: bool,
-    batch_size: int = 16,
-    max_rows: int | None = None,
-) -> float:
-    """Bits per byte of the held-out text; `dataset` is packed with `evaluation=True`.
-
-    `max_rows` evaluates the first rows only and scales `n_bytes` by their share of the predicted tokens.
-    """
-    training = model.training
-    model.eval()
-    rows = len(dataset) if max_rows is None else min(max_rows, len(dataset))
-    nats, predicted = 0.0, 0
-    for start in range(0, rows, batch_size):
-        batch = dataset.rows(range(start, min(start + batch_size, rows)))
-        count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        batch = model_inputs(batch, document_mask, model.device)
-        nats += float(model(**batch, skip_logits=True).ce_loss) * count
-        predicted += count
-    model.train(training)
-    total = len(dataset.stream) - len(dataset.document_starts)
-    return bits_per_byte(nats, round(n_bytes * predicted / total))
 
 
 @torch.no_grad()

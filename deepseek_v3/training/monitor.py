@@ -8,20 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from ..data import bits_per_byte
+from ..process import say
 from .balance import LoadStatistics
 from .loop import StepResult
-
-
-def say(message: str) -> None:
-    """One plain line of the first rank, without disturbing a progress bar."""
-    if dist.is_initialized() and dist.get_rank():
-        return
-    tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()
 
 
 class Monitor:

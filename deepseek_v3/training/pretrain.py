@@ -16,16 +16,16 @@ from accelerate import Accelerator
 from transformers.utils import logging
 
 from ..configuration import DeepseekV3Config, num_parameters
-from ..data import Corpus, load_corpus
+from ..data import Corpus, heldout_bits_per_byte, load_corpus
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
-from ..process import any_rank, keep_freed_memory, locked, stop_signals
+from ..process import any_rank, keep_freed_memory, locked, say, stop_signals
 from ..tokenization import check_vocab
 from .balance import routers
 from .checkpoint import load_optimizer_state, newest_state, save_state
 from .compare import baselines, dense_twin, training_flops
-from .evaluation import heldout_bits_per_byte, mtp_acceptance, write_samples
+from .evaluation import mtp_acceptance, write_samples
 from .loop import StepResult, fit
-from .monitor import Monitor, plot_load, plot_loss, read_metrics, say
+from .monitor import Monitor, plot_load, plot_loss, read_metrics
 from .optimizer import build_optimizer
 from .recipe import Recipe
 from .text import TextData, prepare_text

@@ -9,8 +9,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..data import Corpus, PackedDataset, pack_documents, tokenize_documents
+from ..process import say
 from ..tokenization import DeepseekV3Tokenizer, train_tokenizer
-from .monitor import say
 from .recipe import Recipe
 
 

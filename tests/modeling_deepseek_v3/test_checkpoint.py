@@ -20,7 +20,15 @@ from deepseek_v3 import (
     DeepseekV3Model,
 )
 from deepseek_v3.modeling_deepseek_v3 import tensor_shapes
-from tests.modeling_deepseek_v3.helpers import build, relative_error, run_python, stock_twin, tiny_config, tokens
+from tests.modeling_deepseek_v3.helpers import (
+    build,
+    randomize,
+    relative_error,
+    run_python,
+    stock_twin,
+    tiny_config,
+    tokens,
+)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -802,3 +810,19 @@ def test_header_reading_does_not_touch_the_data(saved) -> None:
             assert path == saved / SINGLE
             view = file.get_slice(name)
             assert (dtype, list(shape)) == (view.get_dtype(), view.get_shape())
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_load_state_dict_takes_the_tensors_of_the_files(tmp_path: Path, shards: int) -> None:
+    """`Trainer` resumes so, shard by shard and without strictness: experts must not stay as they were."""
+    saved, loaded = build(), randomize(build(), seed=2)
+    size = sum(p.numel() * 4 for p in saved.parameters()) // shards + 1
+    saved.save_pretrained(tmp_path, max_shard_size="1GB" if shards == 1 else size)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) == 1) == (shards == 1)
+    for file in files:
+        missing, unexpected = loaded.load_state_dict(load_file(file), strict=False)
+        if shards == 1:
+            assert not missing and not unexpected
+    for (name, expected), found in zip(saved.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(expected, found), name

@@ -36,7 +36,9 @@ def grouped_swiglu_experts(
     With Triton, backward computes the activations anew from `hidden`, so that nothing of the size `[N*K, I]` is kept
     for it; torch's grouped products, which serve CPUs, keep the gate and up projections.
     """
-    _check(hidden, indices, weights, gate_up, down)
+    check_shapes(hidden, indices, weights, gate_up, down)
+    for name, parameter in (("gate_up", gate_up), ("down", down)):
+        check_dtype(name, parameter, hidden)
     triton = uses_triton(hidden)
     if not triton and not torch_impl.fits(hidden, down):
         return reference.grouped_swiglu_experts(hidden, indices, weights, gate_up, down)
@@ -47,7 +49,8 @@ def grouped_swiglu_experts(
     return torch.ops.deepseek_v3.grouped_swiglu_experts(hidden, weights, gate_up, down, order, slots, offsets, keep)[0]
 
 
-def _check(hidden, indices, weights, gate_up, down) -> None:
+def check_shapes(hidden, indices, weights, gate_up, down) -> None:
+    """ValueError unless they are those of `grouped_swiglu_experts`."""
     if hidden.dim() != 2:
         raise ValueError(f"hidden has shape {list(hidden.shape)}; allowed: [N, H]")
     tokens, width = hidden.shape
@@ -55,14 +58,16 @@ def _check(hidden, indices, weights, gate_up, down) -> None:
         raise ValueError(f"indices is {indices.dtype} {list(indices.shape)}; allowed: torch.int64 [{tokens}, K]")
     if weights.shape != indices.shape:
         raise ValueError(f"weights has shape {list(weights.shape)}; allowed: that of indices, {list(indices.shape)}")
-    if gate_up.dim() != 3 or gate_up.shape[1] % 2 or gate_up.shape[2] != width:
+    if len(gate_up.shape) != 3 or gate_up.shape[1] % 2 or gate_up.shape[2] != width:
         raise ValueError(f"gate_up has shape {list(gate_up.shape)}; allowed: [E, 2I, {width}]")
     allowed = [gate_up.shape[0], width, gate_up.shape[1] // 2]
     if list(down.shape) != allowed:
         raise ValueError(f"down has shape {list(down.shape)}; allowed: {allowed}")
-    for name, parameter in (("gate_up", gate_up), ("down", down)):
-        if parameter.dtype != hidden.dtype:
-            raise ValueError(f"{name} is {parameter.dtype}; allowed: hidden's dtype, {hidden.dtype}")
+
+
+def check_dtype(name: str, parameter: torch.Tensor, hidden: torch.Tensor) -> None:
+    if parameter.dtype != hidden.dtype:
+        raise ValueError(f"{name} is {parameter.dtype}; allowed: hidden's dtype, {hidden.dtype}")
 
 
 @torch.library.custom_op("deepseek_v3::expert_permutation", mutates_args=())

@@ -45,15 +45,11 @@ def experts_forward(
     offsets: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> the output `[N, H]` and the gate and up projections of every row `[R, 2I]`, for backward."""
-    token_of, row_of, ends = _rows(hidden, order, slots, offsets)
+    token_of, row_of, ends = expert_rows(hidden, order, slots, offsets)
     projected = _project(hidden, gate_up, token_of, ends)
-    activated = projected.new_empty(projected.shape[0], down.shape[2])
-    row_weights = _row_weights(weights, row_of, projected.shape[0])
-    for projected_, weight_, activated_ in row_blocks(projected, row_weights, activated):
-        gate, up = projected_.float().chunk(2, dim=1)
-        activated_.copy_(F.silu(gate).mul_(up).mul_(weight_))
+    activated = weighted_swiglu(projected, weights_of_rows(weights, row_of, projected))
     output = F.grouped_mm(activated, down.transpose(1, 2), offs=ends)
-    return _gather_sum(_clear_tail(output, ends), row_of), projected
+    return gather_sum(clear_tail(output, ends), row_of), projected
 
 
 def experts_backward(
@@ -73,18 +69,41 @@ def experts_backward(
     `projected` as forward returned it, or a 1-D tensor: then it is computed again.
     A weight's gradient is `<grad W_down, activation>` (arXiv 2512.14080), so the down projection is not kept.
     """
-    token_of, row_of, ends = _rows(hidden, order, slots, offsets)
+    token_of, row_of, ends = expert_rows(hidden, order, slots, offsets)
     if projected.dim() == 1:
         projected = _project(hidden, gate_up, token_of, ends)
-    grad_rows = _gather(grad, token_of)
-    grad_activated = _clear_tail(F.grouped_mm(grad_rows, down, offs=ends), ends)
-    row_weights = _row_weights(weights, row_of, projected.shape[0])
+    grad_rows = gather(grad, token_of)
+    grad_activated = clear_tail(F.grouped_mm(grad_rows, down, offs=ends), ends)
+    grad_projected, grad_row_weights, activated = weighted_swiglu_backward(
+        projected, weights_of_rows(weights, row_of, projected), grad_activated
+    )
+    grad_hidden = gather_sum(clear_tail(F.grouped_mm(grad_projected, gate_up, offs=ends), ends), row_of)
+    grad_weights = grad_row_weights.squeeze(1)[row_of].to(weights.dtype)
+    if frozen:
+        return grad_hidden, grad_weights, gate_up.new_empty(0), down.new_empty(0)
+    grad_gate_up = F.grouped_mm(grad_projected.t(), gather(hidden, token_of), offs=ends)
+    return grad_hidden, grad_weights, grad_gate_up, F.grouped_mm(grad_rows.t(), activated, offs=ends)
+
+
+def weighted_swiglu(projected: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up * weight` of every row, in fp32 (fp64 if the input is): `[R, 2I]`, `[R, 1]` -> `[R, I]`."""
+    activated = projected.new_empty(projected.shape[0], projected.shape[1] // 2)
+    for projected_, weight_, activated_ in row_blocks(projected, row_weights, activated):
+        gate, up = projected_.to(row_weights.dtype).chunk(2, dim=1)
+        activated_.copy_(F.silu(gate).mul_(up).mul_(weight_))
+    return activated
+
+
+def weighted_swiglu_backward(
+    projected: torch.Tensor, row_weights: torch.Tensor, grad_activated: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> gradients of `projected [R, 2I]` and `row_weights [R, 1]`, and `weighted_swiglu` itself once more."""
     grad_row_weights = torch.empty_like(row_weights)
     grad_projected, activated = torch.empty_like(projected), torch.empty_like(grad_activated)
     blocks = row_blocks(projected, row_weights, grad_activated, grad_row_weights, grad_projected, activated)
     for projected_, weight_, grad_activated_, grad_weight_, grad_projected_, activated_ in blocks:
-        gate, up = projected_.float().chunk(2, dim=1)
-        grad_ = grad_activated_.float()
+        gate, up = projected_.to(row_weights.dtype).chunk(2, dim=1)
+        grad_ = grad_activated_.to(row_weights.dtype)
         silu = F.silu(gate)
         grad_silu = grad_ * up
         torch.sum(grad_silu * silu, dim=1, keepdim=True, out=grad_weight_)
@@ -93,17 +112,12 @@ def experts_backward(
         silu.mul_(weight_)
         grad_up.copy_(grad_.mul_(silu))
         activated_.copy_(silu.mul_(up))
-    grad_hidden = _gather_sum(_clear_tail(F.grouped_mm(grad_projected, gate_up, offs=ends), ends), row_of)
-    grad_weights = grad_row_weights.squeeze(1)[row_of].to(weights.dtype)
-    if frozen:
-        return grad_hidden, grad_weights, gate_up.new_empty(0), down.new_empty(0)
-    grad_gate_up = F.grouped_mm(grad_projected.t(), _gather(hidden, token_of), offs=ends)
-    return grad_hidden, grad_weights, grad_gate_up, F.grouped_mm(grad_rows.t(), activated, offs=ends)
+    return grad_projected, grad_row_weights, activated
 
 
 def _project(hidden: torch.Tensor, gate_up: torch.Tensor, token_of: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Gate and up of every row, `[R, 2I]`."""
-    return _clear_tail(F.grouped_mm(_gather(hidden, token_of), gate_up.transpose(1, 2), offs=ends), ends)
+    return clear_tail(F.grouped_mm(gather(hidden, token_of), gate_up.transpose(1, 2), offs=ends), ends)
 
 
 def _alignment(hidden: torch.Tensor, choices: int, num_experts: int) -> int:
@@ -113,7 +127,7 @@ def _alignment(hidden: torch.Tensor, choices: int, num_experts: int) -> int:
     return 64 if bf16_on_cpu and choices >= 32 * num_experts else 1
 
 
-def _rows(
+def expert_rows(
     hidden: torch.Tensor, order: torch.Tensor, slots: torch.Tensor, offsets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """From the slots without padding: `token_of [R]` (N for padding), `row_of [N, K]` and `ends [E]` int32."""
@@ -131,18 +145,19 @@ def _rows(
     return token_of, rows[slots.long()], ends.to(torch.int32)
 
 
-def _row_weights(weights: torch.Tensor, row_of: torch.Tensor, rows: int) -> torch.Tensor:
-    """`[N, K]` -> `[R, 1]` fp32, zero for padding."""
-    return weights.new_zeros(rows, dtype=torch.float32).index_copy_(
-        0, row_of.flatten().long(), weights.flatten().float()
-    )[:, None]
+def weights_of_rows(weights: torch.Tensor, row_of: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+    """`[N, K]` -> `[R, 1]`, zero for padding; fp32, or fp64 where `projected` is."""
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    rows = weights.new_zeros(projected.shape[0], dtype=dtype)
+    return rows.index_copy_(0, row_of.flatten().long(), weights.flatten().to(dtype))[:, None]
 
 
-def _gather(x: torch.Tensor, token_of: torch.Tensor) -> torch.Tensor:
+def gather(x: torch.Tensor, token_of: torch.Tensor) -> torch.Tensor:
+    """The token `[N, ...]` of every row, zeros for padding."""
     return torch.cat((x, x.new_zeros(1, x.shape[1]))).index_select(0, token_of)
 
 
-def _gather_sum(rows: torch.Tensor, row_of: torch.Tensor) -> torch.Tensor:
+def gather_sum(rows: torch.Tensor, row_of: torch.Tensor) -> torch.Tensor:
     """`out[t] = sum_k rows[row_of[t, k]]`, added in fp32 (torch's sum does)."""
     output = rows.new_empty(row_of.shape[0], rows.shape[1])
     for output_, row_of_ in row_blocks(output, row_of):
@@ -150,7 +165,7 @@ def _gather_sum(rows: torch.Tensor, row_of: torch.Tensor) -> torch.Tensor:
     return output
 
 
-def _clear_tail(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def clear_tail(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Zero the rows past the last expert's: `grouped_mm` does not compute them and leaves their memory as it was."""
     rows[int(ends[-1]) :] = 0
     return rows

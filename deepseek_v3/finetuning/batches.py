@@ -1,0 +1,154 @@
+"""From rows to tensors: classification, conversations with the loss on what the assistant says, packed rows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..data import IGNORE_INDEX
+
+Row = Mapping[str, Any]
+# Lengths are rounded up to this: on a CPU every new shape costs the compilation of a matrix product.
+PAD_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example: token ids and, of the same length, labels (-100 where nothing is to be learned)."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def encode_classification(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, classes: Sequence[str], max_length: int
+) -> list[dict[str, Any]]:
+    """`text`, `label` -> `input_ids` (cut at the end to `max_length`) and `labels`, the class's number."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=max_length)["input_ids"]
+    return [{"input_ids": i, "labels": numbers[row["label"]]} for i, row in zip(ids, rows, strict=True)]
+
+
+def pad_classification(batch: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Collator: `input_ids`, `attention_mask` `[B, S]` padded on the right, `labels [B]`; int64."""
+    length = max(len(example["input_ids"]) for example in batch)
+    length = -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+    input_ids = torch.full((len(batch), length), pad_id)
+    mask = torch.zeros(len(batch), length, dtype=torch.int64)
+    for i, example in enumerate(batch):
+        input_ids[i, : len(example["input_ids"])] = torch.tensor(example["input_ids"])
+        mask[i, : len(example["input_ids"])] = 1
+    labels = torch.tensor([example["labels"] for example in batch])
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+def conversation(row: Row) -> list[dict[str, str]]:
+    """The messages of a row with `messages`, or with a `prompt` and a `completion` (texts or lists of messages)."""
+    if "messages" in row:
+        return list(row["messages"])
+    prompt, completion = row["prompt"], row["completion"]
+    return _turns("user", prompt) + _turns("assistant", completion)
+
+
+def _turns(role: str, content: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
+
+
+def encode_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """A conversation in the tokenizer's chat template; only what the assistant writes, its end of turn included, has
+    labels. A prompt and completion of plain text stand one after the other if the tokenizer has no template.
+
+    The assistant's part is what the template marks as generation, or else what each turn adds to the prompt before it.
+
+    Raises:
+        ValueError: no assistant turn, or a template that rewrites earlier turns, so that no part of the text is
+            certainly the assistant's.
+    """
+    if tokenizer.chat_template is None:
+        if "messages" in row:
+            raise ValueError("the tokenizer has no chat template: rows of messages need one")
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        return Encoded(prompt + completion, [IGNORE_INDEX] * len(prompt) + completion)
+    messages = conversation(row)
+    if all(message["role"] != "assistant" for message in messages):
+        raise ValueError(f"a conversation without an assistant turn: roles {[m['role'] for m in messages]}")
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True}
+    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
+        encoded = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, **options)
+        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    else:
+        ids = tokenizer.apply_chat_template(messages, **options)["input_ids"]
+        mask = [0] * len(ids)
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, **options)
+                after = tokenizer.apply_chat_template(messages[: turn + 1], **options)
+                start, end = len(before["input_ids"]), len(after["input_ids"])
+                if ids[:start] != before["input_ids"] or ids[:end] != after["input_ids"]:
+                    raise ValueError(f"the chat template rewrites what stands before turn {turn}: one answer a row")
+                mask[start:end] = [1] * (end - start)
+    return Encoded(ids, [token if marked else IGNORE_INDEX for token, marked in zip(ids, mask, strict=True)])
+
+
+def encode_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """A document for continued pretraining: BOS (EOS if the tokenizer has none), `text`, EOS; all but the first is
+    learned."""
+    ids = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return Encoded([start, *ids, tokenizer.eos_token_id], [IGNORE_INDEX, *ids, tokenizer.eos_token_id])
+
+
+def pack(examples: Sequence[Encoded], length: int, pad_id: int, split: bool) -> list[dict[str, torch.Tensor]]:
+    """Rows of `length` tokens, each example with position ids from 0, so that none attends to another.
+
+    `split` cuts examples that are longer than a row into several (documents); otherwise they are cut off at the end
+    (conversations). First fit, longest first. The rest of a row is padding, which attends to itself only and has no
+    labels. `input_ids`, `labels`, `position_ids` `[length]` int64.
+    """
+    pieces: list[Encoded] = []
+    for example in examples:
+        ends = range(0, len(example.input_ids), length) if split else (0,)
+        for start in ends:
+            labels = example.labels[start : start + length]
+            if any(label != IGNORE_INDEX for label in labels[1:]):
+                pieces.append(Encoded(example.input_ids[start : start + length], labels))
+    rows: list[list[Encoded]] = []
+    free: list[int] = []
+    by_space: dict[int, list[int]] = {}
+    for piece in sorted(pieces, key=lambda p: len(p.input_ids), reverse=True):
+        size = len(piece.input_ids)
+        fitting = next((space for space in range(size, length) if by_space.get(space)), None)
+        if fitting is None:
+            rows.append([])
+            free.append(length)
+            index = len(rows) - 1
+        else:
+            index = by_space[fitting].pop()
+        rows[index].append(piece)
+        free[index] -= size
+        by_space.setdefault(free[index], []).append(index)
+    return [_row(row, length, pad_id) for row in rows]
+
+
+def _row(pieces: Sequence[Encoded], length: int, pad_id: int) -> dict[str, torch.Tensor]:
+    input_ids = torch.full((length,), pad_id)
+    labels = torch.full((length,), IGNORE_INDEX)
+    position_ids = torch.zeros(length, dtype=torch.int64)
+    start = 0
+    for piece in pieces:
+        end = start + len(piece.input_ids)
+        input_ids[start:end] = torch.tensor(piece.input_ids)
+        labels[start:end] = torch.tensor(piece.labels)
+        labels[start] = IGNORE_INDEX  # its predecessor is another example's last token
+        position_ids[start:end] = torch.arange(end - start)
+        start = end
+    position_ids[start:] = torch.arange(length - start)
+    return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+
+
+def stack(batch: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Collator of packed rows: `[B, length]`."""
+    return {name: torch.stack([row[name] for row in batch]) for name in batch[0]}

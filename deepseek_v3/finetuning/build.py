@@ -1,0 +1,112 @@
+"""The model of a recipe: the base, loaded for the task, with what shall train on it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..configuration import DeepseekV3Config
+from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
+from ..modeling_deepseek_v3.weight_files import scan_folder
+from ..quantization import nf4_config
+from .lora import apply_lora
+from .recipe import FinetuneRecipe
+from .tasks import TaskData
+
+HEAD = "score."
+ROUTER = ".mlp.gate."
+
+
+def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a padding token: EOS where it has none."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_model(
+    recipe: FinetuneRecipe, task: TaskData, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> nn.Module:
+    """The base with the task's head and the recipe's adapters; what requires a gradient is what may train.
+
+    The routing bias never moves in fine-tuning: only pretraining's optimizer hook updates it.
+    """
+    config = DeepseekV3Config.from_pretrained(recipe.base)
+    config.pad_token_id = tokenizer.pad_token_id
+    options: dict[str, Any] = {"dtype": {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}[recipe.dtype]}
+    if recipe.quantize == "nf4":
+        options |= {"quantization_config": nf4_config(), "device_map": {"": device}}
+    cls: type[DeepseekV3ForCausalLM] | type[DeepseekV3ForSequenceClassification] = DeepseekV3ForCausalLM
+    if task.kind == "classification":
+        assert task.labels is not None
+        cls = DeepseekV3ForSequenceClassification
+        config.num_labels = len(task.labels)
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {name: number for number, name in enumerate(task.labels)}
+    elif recipe.method == "head":
+        raise ValueError(f"recipe: method is 'head', but {task.name} is a {task.kind} task; allowed are lora, full")
+    config.seq_balance_coef = 0.0  # the routers rest
+    if recipe.mtp == "frozen":
+        config.mtp_loss_coef = 0.0
+    torch.manual_seed(recipe.seed)  # of a new head
+    model = cls.from_pretrained(recipe.base, config=config, **options)
+    if recipe.quantize == "none":
+        model.to(device)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if recipe.method == "lora":
+        return apply_lora(
+            model,
+            targets=tuple(recipe.targets),
+            rank=recipe.rank,
+            alpha=recipe.alpha,
+            dropout=recipe.dropout,
+            layers=recipe.layers,
+            mtp=recipe.mtp == "trained" and task.kind != "classification",
+            task_type="SEQ_CLS" if task.kind == "classification" else "CAUSAL_LM",
+        )
+    mtp_layers = tuple(f"layers.{i}." for i in range(config.num_hidden_layers, config.num_hidden_layers + 64))
+    for name, parameter in model.named_parameters():
+        if recipe.method == "head":
+            parameter.requires_grad_(name.startswith(HEAD))
+        else:
+            frozen = ROUTER in name or (recipe.mtp == "frozen" and any(layer in name for layer in mtp_layers))
+            parameter.requires_grad_(not frozen)
+    return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a `PeftModel`."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def as_language_model(model: nn.Module, base: str | Path) -> DeepseekV3ForCausalLM:
+    """`model` itself, or a classifier's trunk (shared, adapters included) under the base's language-model head.
+
+    It is how forgetting is measured: the same weights answer for the task and for general text.
+    """
+    inner = unwrapped(model)
+    if isinstance(inner, DeepseekV3ForCausalLM):
+        return inner
+    with torch.device("meta"):
+        language = DeepseekV3ForCausalLM(_without_mtp(DeepseekV3Config.from_pretrained(base)))
+    language.model = inner.model
+    if language.config.tie_word_embeddings:
+        language.lm_head.weight = inner.model.embed_tokens.weight
+    else:
+        folder = Path(base) if Path(base).is_dir() else Path(snapshot_download(str(base), local_files_only=True))
+        with safe_open(scan_folder(folder)["lm_head.weight"].file, "pt") as weights:
+            head = weights.get_tensor("lm_head.weight").to(inner.device, inner.dtype)
+        language.lm_head.weight = nn.Parameter(head, requires_grad=False)
+    return language
+
+
+def _without_mtp(config: DeepseekV3Config) -> DeepseekV3Config:
+    config.num_nextn_predict_layers = 0
+    return config

@@ -1,0 +1,167 @@
+"""A model's results on a task, as the record holds them: figures with intervals from `metrics`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..data import IGNORE_INDEX
+from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
+from ..modeling_deepseek_v3.losses import linear_cross_entropy
+from .batches import (
+    PAD_MULTIPLE,
+    Encoded,
+    Row,
+    conversation,
+    encode_chat,
+    encode_classification,
+    encode_text,
+    pad_classification,
+)
+from .build import unwrapped
+from .metrics import rouge_l, threshold_at_recall, weighted_mean
+from .reports import bootstrap, class_indices, classification_report, text_report
+from .tasks import TaskData
+
+RECALL = 0.9  # at which a reviewer's share of the cases is reported
+BATCH = 16
+
+
+@torch.no_grad()
+def class_probabilities(
+    model: nn.Module, rows: Sequence[Row], task: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> np.ndarray:
+    """`[N, C]` float64, in the order of the rows."""
+    assert task.labels is not None
+    model.eval()
+    device = next(model.parameters()).device
+    examples = encode_classification(rows, tokenizer, task.labels, max_length)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    probabilities = np.empty((len(examples), len(task.labels)))
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        batch = pad_classification([examples[i] for i in chosen], tokenizer.pad_token_id)
+        batch.pop("labels")
+        logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
+        probabilities[chosen] = logits.double().softmax(-1).cpu().numpy()
+    return probabilities
+
+
+@torch.no_grad()
+def sums_of_nats(model: nn.Module, examples: Sequence[Encoded], pad_id: int, max_length: int) -> np.ndarray:
+    """Per example the summed negative log-likelihood of its labels, nats `[N]`; cut at `max_length` tokens."""
+    inner = unwrapped(model).eval()
+    device = next(inner.parameters()).device
+    nats = np.zeros(len(examples))
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        length = min(max_length, max(len(examples[i].input_ids) for i in chosen))
+        length = -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+        ids, labels = torch.full((len(chosen), length), pad_id), torch.full((len(chosen), length), IGNORE_INDEX)
+        for row, i in enumerate(chosen):
+            kept = examples[i].input_ids[:max_length]
+            ids[row, : len(kept)] = torch.tensor(kept)
+            labels[row, : len(kept)] = torch.tensor(examples[i].labels[:max_length])
+        # padding stands behind everything that has a label, so causal attention needs no mask
+        states = inner.model(input_ids=ids.to(device), use_cache=False).last_hidden_state[:, :-1]
+        targets = labels[:, 1:].to(device)
+        predicted = targets != IGNORE_INDEX
+        weights = torch.ones(int(predicted.sum()), device=device)
+        _, each = linear_cross_entropy(states[predicted], inner.lm_head, targets[predicted], weights)
+        rows = predicted.nonzero()[:, 0]
+        sums = torch.zeros(len(chosen), dtype=torch.float64, device=device).index_add_(0, rows, each.double())
+        nats[chosen] = sums.cpu().numpy()
+    return nats
+
+
+def encode_rows(rows: Sequence[Row], task: TaskData, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    """The examples of a chat or text task."""
+    encode = encode_chat if task.kind == "chat" else encode_text
+    return [encode(row, tokenizer) for row in rows]
+
+
+def classification_results(task: TaskData, validation: np.ndarray, test: np.ndarray) -> dict[str, Any]:
+    """`classification_report` of probabilities `[N, C]` of the two splits, of a model or of a baseline.
+
+    Of two classes it also tells what the threshold does that finds 90 % of the positive validation items.
+    """
+    assert task.labels is not None
+    labels = class_indices([row["label"] for row in task.test], task.labels)
+    report = classification_report(labels, test, task.labels, recall=RECALL, costs=task.costs, groups=_groups(task))
+    if len(task.labels) == 2 and task.validation:
+        positive = class_indices([row["label"] for row in task.validation], task.labels) == 1
+        threshold = threshold_at_recall(positive, validation[:, 1], RECALL)
+        chosen = classification_report(labels, test, task.labels, threshold, groups=_groups(task))
+        names = ("threshold", "sensitivity", "specificity", "review_rate")
+        report["at_validation_recall"] = {"recall": RECALL, **{name: chosen[name] for name in names}}
+    return report
+
+
+def _groups(task: TaskData) -> list[str] | None:
+    return [row["group"] for row in task.test] if task.test and "group" in task.test[0] else None
+
+
+def evaluate_task(
+    model: nn.Module,
+    task: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    generate: int = 0,
+) -> dict[str, Any]:
+    """Results on the test split.
+
+    Classification: `classification_results`. Otherwise perplexity and bits per byte of what the model has to write
+    (chat: the assistant's turns), and ROUGE-L of its greedy answers to `generate` prompts, drawn by a fixed seed.
+    """
+    if task.kind == "classification":
+        both = [
+            class_probabilities(model, rows, task, tokenizer, max_length) for rows in (task.validation, task.test)
+        ]
+        return classification_results(task, *both)
+    examples = encode_rows(task.test, task, tokenizer)
+    nats = sums_of_nats(model, examples, tokenizer.pad_token_id, max_length)
+    tokens = [[t for t in example.labels[1:max_length] if t != IGNORE_INDEX] for example in examples]
+    sizes = np.array([len(tokenizer.decode(t, skip_special_tokens=True).encode()) for t in tokens])
+    report = text_report(nats, np.array([len(t) for t in tokens]), sizes, _groups(task))
+    if task.kind == "chat" and generate:
+        report["rouge_l"] = _rouge(model, _drawn(task.test, generate), tokenizer, max_length)
+    return report
+
+
+def _drawn(rows: Sequence[Row], count: int) -> list[Row]:
+    """Files are often sorted by source."""
+    chosen = np.random.default_rng(0).permutation(len(rows))[:count]
+    return [rows[i] for i in sorted(chosen)]
+
+
+@torch.no_grad()
+def _rouge(
+    model: nn.Module, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, float]:
+    inner: DeepseekV3ForCausalLM = unwrapped(model).eval()
+    answers, references = [], []
+    for row in rows:
+        messages = conversation(row)
+        if tokenizer.chat_template is None:
+            prompt = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+        else:
+            prompt = tokenizer.apply_chat_template(
+                messages[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
+        prompt = prompt[:, -max_length:].to(inner.device)
+        output = inner.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=min(128, max_length),
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        answers.append(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True))
+        references.append(messages[-1]["content"])
+    scores = rouge_l(references, answers)
+    estimate = bootstrap({"rouge_l": lambda weights: weighted_mean(scores, weights)}, len(scores))["rouge_l"]
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}

@@ -1,0 +1,30 @@
+"""Merging an adapter that was trained on an NF4 base, into the weights that it was trained on."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from ..quantization import dequantize_
+from .lora import load_adapter
+
+
+def merge_quantized(model: PeftModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """-> the base model with plain weights `NF4 value + scaling * B A`, all in `dtype` (by default the base's).
+
+    Works in place: `model` is used up. PEFT's own merge would round the result to NF4 again, and refuses the experts.
+    The update is added in fp32 and rounded once, to `dtype`. Needs memory for the whole model in `dtype`.
+
+    Raises:
+        ValueError: a base that is not in NF4, or other than one active adapter.
+    """
+    if len(model.active_adapters) != 1:
+        raise ValueError(f"active adapters: found {model.active_adapters}, allowed is one")
+    (adapter,) = model.active_adapters
+    with tempfile.TemporaryDirectory() as folder:  # its files are what can be put on another base
+        model.save_pretrained(folder, selected_adapters=[adapter])
+        base = dequantize_(model.unload(), dtype)
+        merged = load_adapter(base, Path(folder) / ("" if adapter == "default" else adapter))
+    return merged.merge_and_unload()

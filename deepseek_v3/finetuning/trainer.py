@@ -1,0 +1,139 @@
+"""transformers' `Trainer` with what fine-tuning this architecture needs: fp32 master weights, learning rates by depth,
+a learning rate that follows the validation loss, and a stop between steps that loses nothing."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ..optimizer import MasterAdamW
+from ..process import any_rank
+from .unfreezing import parameter_groups
+
+
+class AdaptiveLearningRate(TrainerCallback, ExportableState):
+    """Scales the schedule's learning rate by what validation and gradients say.
+
+    An evaluation whose loss is not below the best so far halves the factor, down to 1/16. A step whose gradient norm
+    is over `spike` times the median of the last 50 counts a tenth: its direction is one outlying batch's.
+    """
+
+    def __init__(self, spike: float = 4.0) -> None:
+        self.spike = spike
+        self.factor = 1.0
+        self.best: float | None = None
+        self.norms: list[float] = []
+        self.grad_norm = 0.0  # of the present step, before clipping; set by the trainer
+
+    def state(self) -> dict[str, Any]:
+        remembered = {"factor": self.factor, "best": self.best, "norms": self.norms}
+        return {"args": {"spike": self.spike}, "attributes": remembered}
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        loss = metrics.get("eval_loss")
+        if loss is None:
+            return
+        if self.best is None or loss < self.best:
+            self.best = loss
+        else:
+            self.factor = max(self.factor / 2, 1 / 16)
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        usual = median(self.norms) if len(self.norms) >= 10 else math.inf
+        self.norms = [*self.norms, self.grad_norm][-50:]
+        scale = self.factor * (0.1 if self.grad_norm > self.spike * usual else 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] *= scale  # the scheduler sets it anew after the step
+
+
+class StopOnSignal(TrainerCallback):
+    """Saves after the step in which a signal came, then stops; `stopped` says so."""
+
+    def __init__(self, received: list[int]) -> None:
+        self.received = received
+        self.stopped = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if any_rank(self.received) and state.global_step < state.max_steps:
+            self.stopped = control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.stopped:  # only now: what was saved of the control must not stop the run that resumes
+            control.should_training_stop = True
+
+
+class FinetuneTrainer(Trainer):
+    """A `Trainer` whose optimizer is `MasterAdamW` with groups by depth, and whose checkpoints appear whole or not.
+
+    Args:
+        layer_decay: see `Unfreezing.layer_decay`; 1 gives every layer the same learning rate.
+        min_lr_ratio: the cosine schedule ends at this share of the learning rate.
+    """
+
+    def __init__(self, *args: Any, layer_decay: float = 1.0, min_lr_ratio: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.layer_decay = layer_decay
+        self.min_lr_ratio = min_lr_ratio
+
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = parameter_groups(
+                self.model if model is None else model,
+                self.args.learning_rate,
+                self.args.weight_decay,
+                self.layer_decay,
+            )
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            self.optimizer = MasterAdamW(groups, lr=self.args.learning_rate, betas=betas)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None) -> LambdaLR:
+        if self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            schedule = warmup_cosine(warmup, num_training_steps, self.min_lr_ratio)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, schedule)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _clip_grad_norm(self, model) -> Any:
+        norm = super()._clip_grad_norm(model)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, AdaptiveLearningRate):
+                callback.grad_norm = float(norm)
+        return norm
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            (folder / FINISHED).touch()
+
+
+FINISHED = "finished"
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint under `output` that was written to its end."""
+    found = [path.parent for path in output.glob(f"checkpoint-*/{FINISHED}")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def warmup_cosine(warmup: int, total: int, floor: float) -> Callable[[int], float]:
+    """Linear warm-up, then cosine from 1 to `floor` at the last step, as a factor by step."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, total - warmup)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
