@@ -106,6 +106,7 @@ def lora_config(
 ) -> LoraConfig:
     """PEFT's configuration of an adapter for these targets, for `get_peft_model` and `add_adapter`.
 
+    A base with quantized experts needs `apply_lora` or `load_adapter`: PEFT alone does not find them.
     Dropout is no part of it: PEFT refuses files that name one for a parameter. It belongs to the training, see
     `set_dropout`.
 
