@@ -157,7 +157,7 @@ def _report(record: dict[str, Any], output_dir: str) -> None:
 def _finetune(args: argparse.Namespace) -> int:
     _yield_busy_cores()
     from .finetuning import FinetuneRecipe, finetune
-    from .hub import write_finetuning_cards
+    from .hub import figure_text, write_finetuning_cards
 
     recipe = FinetuneRecipe.load(args.recipe, **_overrides(args.set))
     record = finetune(recipe, restart=args.restart)
@@ -166,8 +166,7 @@ def _finetune(args: argparse.Namespace) -> int:
     write_finetuning_cards(recipe.output_dir, record)
     names = ("accuracy", "macro_f1", "roc_auc", "perplexity", "bits_per_byte", "rouge_l")
     for who, results in {"this model": record["test"], **record["baselines"]}.items():
-        shown = {n: results[n] for n in names if results.get(n) and results[n]["value"] is not None}
-        texts = [f"{n} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for n, v in shown.items()]
+        texts = [f"{name} {figure_text(results[name])}" for name in names if name in results]
         print(f"{who:<26}{'  '.join(texts)}")
     print(f"{record['train_seconds']:.0f} s of training; {', '.join(record['artifacts'])} in {recipe.output_dir}")
     return 0

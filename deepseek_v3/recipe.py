@@ -55,6 +55,10 @@ def _check_type(name: str, annotation: Any, value: Any) -> None:
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         names = " or ".join(a.__name__ for a in allowed)
         raise ValueError(f"recipe: {name} is {value!r}, allowed is {names}")
+    for member in members:  # list[str], dict[str, Any]: their elements, or keys
+        if get_args(member) and isinstance(value, get_origin(member)):
+            for element in value:
+                _check_type(f"an element of {name}", get_args(member)[0], element)
 
 
 def _as_number(annotation: Any, value: Any) -> Any:

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deepseek_v3 import __version__, cli
+from tests.finetuning import runs
 from tests.training.helpers import fast_finish, pretrain_module, signal_after, tiny_recipe, write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,19 +56,22 @@ def overrides(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict:
     return seen
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["generate", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["pretrain", "--help"], ["finetune", "--help"], ["generate", "--help"], ["--version"]]
+)
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main(arguments)
     assert exit.value.code == 0
     printed = capsys.readouterr().out
-    expected = {"--help": ["pretrain", "generate"], "pretrain": ["--data", "--set", "--restart"]}
+    expected = {"--help": ["pretrain", "finetune", "generate"], "pretrain": ["--data", "--set", "--restart"]}
+    expected |= {"finetune": ["recipe", "--set", "--restart"]}
     expected |= {"generate": ["checkpoint", "--drafts", "--chat"], "--version": [__version__]}
     for word in expected[arguments[0]]:
         assert word in printed
 
 
-@pytest.mark.parametrize("arguments", [[], ["prettrain"], ["generate"], ["pretrain", "--steps", "few"]])
+@pytest.mark.parametrize("arguments", [[], ["prettrain"], ["generate"], ["finetune"], ["pretrain", "--steps", "few"]])
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.main(arguments)
@@ -191,6 +196,96 @@ def test_an_interrupted_run_goes_on_with_the_same_command(
     assert cli.main(command) == 0
     assert "continuing at step 2" in capsys.readouterr().out
     assert not (tmp_path / "checkpoints").exists()
+
+
+# --- finetune
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base and a folder with two classes of texts."""
+    folder = tmp_path_factory.mktemp("finetune")
+    return runs.save_base(folder / "base"), runs.write_data(folder / "two", "two")
+
+
+def finetune_command(folder: Path, tiny: tuple[Path, Path], *sets: str, **changes: object) -> list[str]:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(vars(runs.recipe(*tiny, folder / "run", **changes))))
+    return ["finetune", str(path), *(part for item in sets for part in ("--set", item))]
+
+
+def test_finetune_reports_and_writes_the_cards(
+    tmp_path: Path, tiny: tuple[Path, Path], capsys: pytest.CaptureFixture
+) -> None:
+    command = finetune_command(tmp_path, tiny, "epochs=1", "compare=true", merge=True)
+    for _ in range(2):  # the second call finds the run finished and reports it again
+        assert cli.main(command) == 0
+        printed = capsys.readouterr().out
+        record = json.loads((tmp_path / "run" / "run.json").read_text())
+        assert record["steps"] == 2 and record["recipe"]["epochs"] == 1
+        for who, results in {"this model": record["test"], **record["baselines"]}.items():
+            (line,) = [line for line in printed.splitlines() if line.split("  ")[0] == who]
+            for name in ("accuracy", "macro_f1", "roc_auc"):
+                figure = results[name]
+                assert f"{name} {figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" in line
+            assert "perplexity" not in line
+        assert f"of training; adapter, merged in {tmp_path / 'run'}" in printed
+        for folder in ("adapter", "merged"):
+            (tmp_path / "run" / folder / "README.md").unlink()
+    assert "this run is finished (2 steps)" in printed
+    assert cli.main([*command, "--set", "rank=8"]) == 1
+    assert "a run with rank = 4, the recipe has 8" in capsys.readouterr().err
+    assert cli.main([*command, "--set", "rank=8", "--restart"]) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["rank"] == 8
+
+
+def test_finetune_on_one_text(tmp_path: Path, tiny: tuple[Path, Path], capsys: pytest.CaptureFixture) -> None:
+    """Its test split is one row, whose figures have no interval."""
+    text = tmp_path / "book.txt"
+    text.write_text("\n".join("debt is late and the loss is growing".split() * 30))
+    assert cli.main(finetune_command(tmp_path, tiny, f"task={text}")) == 0
+    figures = capsys.readouterr().out.split("this model")[1].split("\n")[0].split()
+    assert figures[::2] == ["perplexity", "bits_per_byte"] and all(float(value) > 1 for value in figures[1::2])
+    assert "undefined" not in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_finetune_goes_on_with_the_same_command(
+    tmp_path: Path, tiny: tuple[Path, Path], capsys: pytest.CaptureFixture, number: int
+) -> None:
+    command = finetune_command(tmp_path, tiny)
+    with pytest.MonkeyPatch.context() as patch:
+        runs.signal_after(patch, 3, number)
+        assert cli.main(command) == 75
+    error = capsys.readouterr().err
+    assert "stopped at step 3 of 4" in error and "the same command goes on" in error
+    assert cli.main(command) == 0
+    assert f"continuing from {tmp_path / 'run' / 'checkpoints' / 'checkpoint-3'}" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "item, parts",
+    [
+        ("rank=0", ["recipe.yaml", "rank is 0"]),
+        ("rnak=1", ["recipe.yaml", "unknown field rnak"]),
+        ("layers=[9]", ["layers", "[9]", "0 to 2"]),
+        ("base=/nowhere", ["base /nowhere"]),
+        ("task=/nowhere", ["/nowhere", "no such task, file or folder"]),
+        ("task_options={fold: 1}", ["unknown options ['fold']"]),
+        ("micro_batch_size=3", ["micro_batch_size is 3"]),
+        ("general_text=/nowhere", ["/nowhere"]),
+        ("rank", ["FIELD=VALUE"]),
+    ],
+)
+def test_an_error_of_finetune_is_one_line(
+    tmp_path: Path, tiny: tuple[Path, Path], capfd: pytest.CaptureFixture, item: str, parts: list[str]
+) -> None:
+    assert cli.main(finetune_command(tmp_path, tiny, item)) == 1
+    *others, line = capfd.readouterr().err.splitlines()  # the others are transformers' notes on loading
+    assert line.startswith("deepseek-v3: ") and not [other for other in others if "Traceback" in other]
+    for part in parts:
+        assert part in line
 
 
 def generate(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[str, str]:

@@ -44,10 +44,10 @@ def target_config(
         )
     if not 1 <= rank <= source.hidden_size:
         raise ValueError(f"kv_lora_rank: found {rank}, allowed 1 to the source's hidden_size {source.hidden_size}")
-    if source.intermediate_size % (n_shared + 1):
+    if n_shared < 1 or source.intermediate_size % (n_shared + 1):
         raise ValueError(
-            f"n_shared: found {n_shared}, but the source's {source.intermediate_size} neurons do not divide into "
-            f"{n_shared} shared and one routed expert of equal width"
+            f"n_shared: found {n_shared}, allowed are numbers from 1 with which the source's "
+            f"{source.intermediate_size} neurons divide into so many shared and one routed expert of equal width"
         )
     return DeepseekV3Config(
         vocab_size=source.vocab_size,
@@ -118,7 +118,7 @@ def convert_llama(
         model.config, kv_lora_rank, qk_rope_head_dim, n_experts, top_k, n_shared, first_k_dense
     )
     converted = DeepseekV3ForCausalLM(config).eval()
-    source = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
+    source = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
     state = {name: source[name] for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")}
     inputs = norm_inputs(model, calibration)
     layout = HeadLayout(
@@ -175,4 +175,4 @@ def norm_inputs(model: PreTrainedModel, calibration: torch.Tensor) -> dict[str, 
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(parts) for name, parts in seen.items()}
+    return {name: torch.cat(parts).cpu() for name, parts in seen.items()}

@@ -119,7 +119,9 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> DeepseekV3Tokenizer:
     A tokenizer that pads with its EOS gets its unknown token, which a byte-level vocabulary never uses, as padding:
     whoever masks padding in the loss would otherwise never teach the model to stop.
     """
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id) and tokenizer.unk_token is not None:
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):
+            raise ValueError(f"tokenizer: found EOS {tokenizer.eos_token!r} for padding and no other token for it")
         tokenizer.pad_token = tokenizer.unk_token
     tokenizer.save_pretrained(folder)
     ours = DeepseekV3Tokenizer.from_pretrained(folder)

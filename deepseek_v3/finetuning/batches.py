@@ -67,7 +67,7 @@ def encode_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
             certainly the assistant's.
     """
     if tokenizer.chat_template is None:
-        if "messages" in row:
+        if "messages" in row or not isinstance(row["prompt"], str):
             raise ValueError("the tokenizer has no chat template: rows of messages need one")
         prompt = tokenizer(row["prompt"])["input_ids"]
         completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
@@ -88,7 +88,8 @@ def encode_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
                 after = tokenizer.apply_chat_template(messages[: turn + 1], **options)
                 start, end = len(before["input_ids"]), len(after["input_ids"])
                 if ids[:start] != before["input_ids"] or ids[:end] != after["input_ids"]:
-                    raise ValueError(f"the chat template rewrites what stands before turn {turn}: one answer a row")
+                    problem = f"the chat template changes turns once others follow (here up to turn {turn})"
+                    raise ValueError(f"{problem}: give each row one answer")
                 mask[start:end] = [1] * (end - start)
     return Encoded(ids, [token if marked else IGNORE_INDEX for token, marked in zip(ids, mask, strict=True)])
 
@@ -101,20 +102,29 @@ def encode_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     return Encoded([start, *ids, tokenizer.eos_token_id], [IGNORE_INDEX, *ids, tokenizer.eos_token_id])
 
 
+def cut(example: Encoded, length: int, split: bool) -> list[Encoded]:
+    """The pieces of at most `length` tokens that have something to learn; the first label of each is -100.
+
+    `split` takes all of a document: a piece begins with the last token of the one before it, so that every token is
+    predicted once. Otherwise the end is cut off (conversations).
+    """
+    starts = range(0, max(1, len(example.input_ids) - 1), length - 1) if split else (0,)
+    pieces = []
+    for start in starts:
+        labels = [IGNORE_INDEX, *example.labels[start + 1 : start + length]]
+        if any(label != IGNORE_INDEX for label in labels):
+            pieces.append(Encoded(example.input_ids[start : start + length], labels))
+    return pieces
+
+
 def pack(examples: Sequence[Encoded], length: int, pad_id: int, split: bool) -> list[dict[str, torch.Tensor]]:
     """Rows of `length` tokens, each example with position ids from 0, so that none attends to another.
 
-    `split` cuts examples that are longer than a row into several (documents); otherwise they are cut off at the end
-    (conversations). First fit, longest first. The rest of a row is padding, which attends to itself only and has no
-    labels. `input_ids`, `labels`, `position_ids` `[length]` int64.
+    Longer examples are `cut`, with `split` or without. Longest first, each into the fullest row that has room for it.
+    The rest of a row is padding, which attends to itself only and has no labels. `input_ids`, `labels`,
+    `position_ids` `[length]` int64.
     """
-    pieces: list[Encoded] = []
-    for example in examples:
-        ends = range(0, len(example.input_ids), length) if split else (0,)
-        for start in ends:
-            labels = example.labels[start : start + length]
-            if any(label != IGNORE_INDEX for label in labels[1:]):
-                pieces.append(Encoded(example.input_ids[start : start + length], labels))
+    pieces = [piece for example in examples for piece in cut(example, length, split)]
     rows: list[list[Encoded]] = []
     free: list[int] = []
     by_space: dict[int, list[int]] = {}
@@ -142,7 +152,6 @@ def _row(pieces: Sequence[Encoded], length: int, pad_id: int) -> dict[str, torch
         end = start + len(piece.input_ids)
         input_ids[start:end] = torch.tensor(piece.input_ids)
         labels[start:end] = torch.tensor(piece.labels)
-        labels[start] = IGNORE_INDEX  # its predecessor is another example's last token
         position_ids[start:end] = torch.arange(end - start)
         start = end
     position_ids[start:] = torch.arange(length - start)

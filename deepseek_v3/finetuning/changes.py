@@ -32,8 +32,8 @@ def expert_movement(model: nn.Module, before: Mapping[str, torch.Tensor] | None 
             if parameter in adapters:
                 squares.append((_square(weight), _product_square(adapters[parameter], weight.shape[0])))
             elif before is not None and f"{name}.{parameter}" in before:
-                change = weight.detach().float().cpu() - before[f"{name}.{parameter}"].float()
-                squares.append((_square(weight), change.pow(2).sum((1, 2))))
+                start = before[f"{name}.{parameter}"].float()
+                squares.append((_square(start), (weight.detach().float().cpu() - start).pow(2).sum((1, 2))))
         if squares:
             whole, moved = (torch.stack(part).sum(0) for part in zip(*squares, strict=True))
             layer = name.split(".mlp.experts")[0].removeprefix("model.")

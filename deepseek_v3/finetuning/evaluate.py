@@ -1,5 +1,6 @@
 """A model's results on a task, as the record holds them: figures with intervals from `metrics`."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from .batches import (
     Encoded,
     Row,
     conversation,
+    cut,
     encode_chat,
     encode_classification,
     encode_text,
@@ -51,21 +53,20 @@ def class_probabilities(
 
 
 @torch.no_grad()
-def sums_of_nats(model: nn.Module, examples: Sequence[Encoded], pad_id: int, max_length: int) -> np.ndarray:
-    """Per example the summed negative log-likelihood of its labels, nats `[N]`; cut at `max_length` tokens."""
+def sums_of_nats(model: nn.Module, examples: Sequence[Encoded], pad_id: int) -> np.ndarray:
+    """Per example the summed negative log-likelihood of its labels, nats `[N]`."""
     inner = unwrapped(model).eval()
     device = next(inner.parameters()).device
     nats = np.zeros(len(examples))
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
-        length = min(max_length, max(len(examples[i].input_ids) for i in chosen))
+        length = max(len(examples[i].input_ids) for i in chosen)
         length = -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
         ids, labels = torch.full((len(chosen), length), pad_id), torch.full((len(chosen), length), IGNORE_INDEX)
         for row, i in enumerate(chosen):
-            kept = examples[i].input_ids[:max_length]
-            ids[row, : len(kept)] = torch.tensor(kept)
-            labels[row, : len(kept)] = torch.tensor(examples[i].labels[:max_length])
+            ids[row, : len(examples[i].input_ids)] = torch.tensor(examples[i].input_ids)
+            labels[row, : len(examples[i].labels)] = torch.tensor(examples[i].labels)
         # padding stands behind everything that has a label, so causal attention needs no mask
         states = inner.model(input_ids=ids.to(device), use_cache=False).last_hidden_state[:, :-1]
         targets = labels[:, 1:].to(device)
@@ -84,16 +85,16 @@ def encode_rows(rows: Sequence[Row], task: TaskData, tokenizer: PreTrainedTokeni
     return [encode(row, tokenizer) for row in rows]
 
 
-def classification_results(task: TaskData, validation: np.ndarray, test: np.ndarray) -> dict[str, Any]:
+def classification_results(task: TaskData, validation: np.ndarray | None, test: np.ndarray) -> dict[str, Any]:
     """`classification_report` of probabilities `[N, C]` of the two splits, of a model or of a baseline.
 
-    Of two classes it also tells what the threshold does that finds 90 % of the positive validation items.
+    Of two classes it also tells what the threshold does that finds 90 % of the positive validation items, if any.
     """
     assert task.labels is not None
     labels = class_indices([row["label"] for row in task.test], task.labels)
     report = classification_report(labels, test, task.labels, recall=RECALL, costs=task.costs, groups=_groups(task))
-    if len(task.labels) == 2 and task.validation:
-        positive = class_indices([row["label"] for row in task.validation], task.labels) == 1
+    positive = class_indices([row["label"] for row in task.validation], task.labels) == 1
+    if validation is not None and len(task.labels) == 2 and positive.any():
         threshold = threshold_at_recall(positive, validation[:, 1], RECALL)
         chosen = classification_report(labels, test, task.labels, threshold, groups=_groups(task))
         names = ("threshold", "sensitivity", "specificity", "review_rate")
@@ -115,16 +116,21 @@ def evaluate_task(
     """Results on the test split.
 
     Classification: `classification_results`. Otherwise perplexity and bits per byte of what the model has to write
-    (chat: the assistant's turns), and ROUGE-L of its greedy answers to `generate` prompts, drawn by a fixed seed.
+    (chat: the assistant's turns within `max_length`; text: all of it, in pieces of `max_length`), and ROUGE-L of its
+    greedy answers to `generate` prompts, drawn by a fixed seed.
     """
     if task.kind == "classification":
-        both = [
-            class_probabilities(model, rows, task, tokenizer, max_length) for rows in (task.validation, task.test)
-        ]
-        return classification_results(task, *both)
-    examples = encode_rows(task.test, task, tokenizer)
-    nats = sums_of_nats(model, examples, tokenizer.pad_token_id, max_length)
-    tokens = [[t for t in example.labels[1:max_length] if t != IGNORE_INDEX] for example in examples]
+        validation = None
+        if task.validation and len(task.labels or ()) == 2:  # a threshold is to be chosen
+            validation = class_probabilities(model, task.validation, task, tokenizer, max_length)
+        return classification_results(
+            task, validation, class_probabilities(model, task.test, task, tokenizer, max_length)
+        )
+    pieces = [cut(example, max_length, task.kind == "text") for example in encode_rows(task.test, task, tokenizer)]
+    row_of = np.repeat(np.arange(len(pieces)), [len(of_row) for of_row in pieces])
+    each = sums_of_nats(model, [piece for of_row in pieces for piece in of_row], tokenizer.pad_token_id)
+    nats = np.bincount(row_of, each, minlength=len(pieces))
+    tokens = [[t for piece in of_row for t in piece.labels if t != IGNORE_INDEX] for of_row in pieces]
     sizes = np.array([len(tokenizer.decode(t, skip_special_tokens=True).encode()) for t in tokens])
     report = text_report(nats, np.array([len(t) for t in tokens]), sizes, _groups(task))
     if task.kind == "chat" and generate:
@@ -141,7 +147,7 @@ def _drawn(rows: Sequence[Row], count: int) -> list[Row]:
 @torch.no_grad()
 def _rouge(
     model: nn.Module, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     inner: DeepseekV3ForCausalLM = unwrapped(model).eval()
     answers, references = [], []
     for row in rows:
@@ -164,4 +170,5 @@ def _rouge(
         references.append(messages[-1]["content"])
     scores = rouge_l(references, answers)
     estimate = bootstrap({"rouge_l": lambda weights: weighted_mean(scores, weights)}, len(scores))["rouge_l"]
-    return {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+    figures = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+    return {**{name: None if math.isnan(value) else value for name, value in figures.items()}, "n": estimate.n}

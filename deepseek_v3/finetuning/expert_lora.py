@@ -18,9 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..kernels.experts.lora import grouped_lora_experts, is_quantized
-from ..modeling_deepseek_v3.moe import DeepseekV3TopkRouter, is_fused_swiglu
-
-EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+from ..modeling_deepseek_v3.moe import EXPERT_WEIGHTS, DeepseekV3TopkRouter, is_fused_swiglu
 
 
 def register_wrappers(config: LoraConfig) -> LoraConfig:

@@ -121,6 +121,7 @@ def lora_config(
     Raises:
         ValueError: as `target_names`, and for a rank or alpha that does not fit the targets.
     """
+    layers = None if layers is None else list(layers)
     if task_type not in (None, *TASK_TYPES.values()):
         raise ValueError(f"task_type: found {task_type!r}, allowed are {', '.join(TASK_TYPES.values())}")
     if mtp and task_type not in (None, "CAUSAL_LM"):
@@ -186,6 +187,8 @@ def apply_lora(
     by_class = (task for name, task in TASK_TYPES.items() if type(model).__name__.endswith(name))
     task_type = task_type or next(by_class, None)
     layers = None if layers is None else list(layers)
+    if next(adapted(model), None):
+        raise ValueError("model: found one with adapters, allowed is one without: load_adapter adds to it")
     config = lora_config(model.config, targets, rank, alpha, layers, mtp, task_type)
     names = target_names(model.config, targets, layers, mtp)
     _check_dropout(dropout, names)

@@ -15,7 +15,8 @@ def merge_quantized(model: PeftModel, dtype: torch.dtype | None = None) -> PreTr
     """-> the base model with plain weights `NF4 value + scaling * B A`, all in `dtype` (by default the base's).
 
     Works in place: `model` is used up. PEFT's own merge would round the result to NF4 again, and refuses the experts.
-    The update is added in fp32 and rounded once, to `dtype`. Needs memory for the whole model in `dtype`.
+    As PEFT merges: NF4 values and the experts' updates are rounded to `dtype` before they are added. Needs memory for
+    the whole model in `dtype`.
 
     Raises:
         ValueError: a base that is not in NF4, or other than one active adapter.

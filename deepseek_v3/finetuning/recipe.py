@@ -4,7 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..recipe import YamlRecipe
+from .lora import TARGETS
 from .unfreezing import PRESETS, Unfreezing
+
+# What `load_task` takes from other fields of the recipe.
+NO_OPTIONS = ("name_or_path", "path", "limit")
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,8 @@ class FinetuneRecipe(YamlRecipe):
         task: a task by name (`deepseek_v3.finetuning.tasks`), or files, a folder or `datasets:NAME` with the columns
             messages, prompt and completion, text and label, or text.
         data: where a task by name reads its files; None takes its default.
-        task_options: options of the task, as `load_task` takes them.
+        task_options: options of the task as `load_task` takes them, `seed` among them: runs of several seeds share
+            their splits.
         output_dir: where everything goes.
         limit: at most this many rows of each split; None takes all.
         method: `lora`; `full` (all weights but the routers'); `head` (only a classification head: the frozen base).
@@ -34,6 +39,7 @@ class FinetuneRecipe(YamlRecipe):
         adaptive_lr: halve the learning rate after an evaluation without progress, damp steps with outlying gradients.
         mtp: `trained` keeps the MTP loss for the base's MTP layers; `frozen` leaves them and their loss out.
         evaluations_per_epoch: on the validation split; the best state is kept.
+        validation_rows: at most this many validation rows, drawn at random, are looked at while training.
         patience: stop after this many evaluations without progress; None trains to the end.
         generate: how many test prompts of a chat task are answered for ROUGE-L.
         general_text: what forgetting is measured on, a corpus as in `deepseek_v3.data.load_corpus`; None skips it.
@@ -42,7 +48,7 @@ class FinetuneRecipe(YamlRecipe):
         dtype: of the base's weights; `auto` as the checkpoint, `bf16`, `fp32`. What trains is updated in fp32.
         merge: also write the merged model.
         report_to: trackers, as in `TrainingArguments.report_to`.
-        seed: of the adapters, the head, the data order and the splits.
+        seed: of the adapters, the head and the data order.
     """
 
     base: str
@@ -73,6 +79,7 @@ class FinetuneRecipe(YamlRecipe):
     adaptive_lr: bool = False
     mtp: Literal["frozen", "trained"] = "frozen"
     evaluations_per_epoch: int = 1
+    validation_rows: int | None = None
     patience: int | None = None
     generate: int = 0
     general_text: str | None = None
@@ -84,19 +91,25 @@ class FinetuneRecipe(YamlRecipe):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least_one = ("limit", "rank", "batch_size", "micro_batch_size", "max_steps", "patience")
+        at_least_one = ("limit", "rank", "batch_size", "micro_batch_size", "max_steps", "patience", "validation_rows")
         ranges: dict[str, tuple[float, float]] = dict.fromkeys(at_least_one, (1, 1e12))
         ranges |= dict.fromkeys(("warmup_ratio", "min_lr_ratio"), (0.0, 1.0))
         ranges |= {"alpha": (1, 1e6), "dropout": (0.0, 0.99)}
-        ranges |= dict.fromkeys(("learning_rate", "weight_decay"), (0.0, 10.0))
+        ranges |= {"learning_rate": (1e-12, 10.0), "weight_decay": (0.0, 10.0)}
         ranges |= {"epochs": (1e-6, 1e6), "max_length": (2, 2**24), "grad_clip": (1e-6, 1e6), "generate": (0, 1e9)}
         ranges["evaluations_per_epoch"] = (1, 1000)
         ranges["seed"] = (0, 2**32 - 1)
         self.check(ranges)
+        targets = (*TARGETS, "all")
+        if not self.targets or not set(self.targets) <= set(targets):
+            raise ValueError(f"recipe: targets is {self.targets!r}, allowed are some of {', '.join(targets)}")
+        if named := [name for name in self.task_options if name in NO_OPTIONS]:
+            raise ValueError(f"recipe: task_options has {', '.join(named)}: use the fields task, data and limit")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"recipe: preset is {self.preset!r}, allowed are {', '.join(PRESETS)}")
-        if self.quantize == "nf4" and self.method == "full":
-            raise ValueError("recipe: quantize is 'nf4' with method 'full', but 4-bit weights do not train: use lora")
+        if self.quantize == "nf4" and self.method != "lora":
+            problem = "but on 4-bit weights only adapters train: use lora"
+            raise ValueError(f"recipe: quantize is 'nf4' with method {self.method!r}, {problem}")
         if self.unfreezing is not None:
             if self.method == "head":
                 raise ValueError("recipe: unfreezing with method 'head', which trains no layer: use full or lora")

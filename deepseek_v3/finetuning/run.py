@@ -9,9 +9,11 @@ import resource
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 import transformers
@@ -32,7 +34,15 @@ from .lora import report_trainable, trainable_table
 from .quantized_merge import merge_quantized
 from .recipe import FinetuneRecipe
 from .tasks import TaskData, load_task
-from .trainer import AdaptiveLearningRate, FinetuneTrainer, StopOnSignal, newest_checkpoint
+from .trainer import (
+    AdaptiveLearningRate,
+    Clock,
+    FinetuneTrainer,
+    PlainLines,
+    StopOnSignal,
+    classification_loss,
+    newest_checkpoint,
+)
 from .unfreezing import ProgressiveUnfreezing
 
 RECORD = "run.json"
@@ -60,46 +70,47 @@ def finetune(recipe: FinetuneRecipe, restart: bool = False) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
     keep_freed_memory()
-    if int(os.environ.get("RANK", 0)):  # torchrun's; transformers joins the processes later
-        return _run(recipe, output)
-    with locked(output):
-        if restart:
-            _clear(output)
-        if (output / RECORD).exists():
-            record = _read(output / RECORD)
-            _check_same(record["recipe"], recipe, output / RECORD)
+    main = int(os.environ.get("RANK", 0)) == 0  # torchrun's; transformers joins the processes later
+    with locked(output) if main else nullcontext():
+        if not restart and (output / RECORD).exists():
+            record = _read_record(output / RECORD, recipe)
+            if not main:
+                return {}
             say(f"{output}: this run is finished ({record['steps']} steps); --restart trains it again")
             return record
-        if newest_checkpoint(output / "checkpoints"):
+        if not restart and newest_checkpoint(output / "checkpoints"):
             _check_same(_read(output / RECIPE), recipe, output / RECIPE)
-        (output / RECIPE).write_text(json.dumps(dataclasses.asdict(recipe), indent=2))
-        return _run(recipe, output)
+        return _run(recipe, output, restart)
 
 
-def _run(recipe: FinetuneRecipe, output: Path) -> dict[str, Any]:
+def _run(recipe: FinetuneRecipe, output: Path, restart: bool) -> dict[str, Any]:
     start = time.monotonic()
-    task = load_task(recipe.task, recipe.data, seed=recipe.seed, limit=recipe.limit, **recipe.task_options)
+    task = load_task(recipe.task, recipe.data, limit=recipe.limit, **recipe.task_options)
     tokenizer = load_tokenizer(recipe.base)
     say(f"{task.name}: {len(task.train)} / {len(task.validation)} / {len(task.test)} rows, {task.kind}")
     for note in task.notes:
         say(f"  {note}")
+    general = _general_text(recipe, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(recipe, task, tokenizer, device)
     trained = report_trainable(model)
     say(trainable_table(trained))
-    general = _general_text(recipe, tokenizer)
     forgetting: dict[str, float] = {}
     if general is not None:
         forgetting["before"] = _general_bits(model, recipe, general)
     before = None if recipe.method != "full" else _expert_weights(model)
 
     trainer, stop = _trainer(recipe, output, model, task, tokenizer)
+    if trainer.is_world_process_zero():  # only now, when nothing of the recipe can be wrong any more
+        if restart:
+            _clear(output)
+        (output / RECIPE).write_text(json.dumps(dataclasses.asdict(recipe), indent=2))
     with stop_signals() as received:
         stop.received = received
-        resume = newest_checkpoint(output / "checkpoints")
+        resume = None if restart else newest_checkpoint(output / "checkpoints")
         if resume is not None:
             say(f"continuing from {resume}")
-        result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if stop.stopped:
         raise InterruptedError(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved")
     if not trainer.is_world_process_zero():
@@ -114,6 +125,7 @@ def _run(recipe: FinetuneRecipe, output: Path) -> dict[str, Any]:
         for baseline in classification_baselines(task, recipe.seed):
             baselines[baseline.name] = classification_results(task, baseline.validation, baseline.test)
     movement = summarize_movement(expert_movement(model, before))
+    (clock,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Clock))
     record = {
         "finished": True,
         "recipe": dataclasses.asdict(recipe),
@@ -123,8 +135,9 @@ def _run(recipe: FinetuneRecipe, output: Path) -> dict[str, Any]:
         },
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "train_seconds": round(result.metrics["train_runtime"], 1),
-        "train_loss": result.training_loss,
+        "learning_rate": recipe.peak_learning_rate(),
+        "batch_size": recipe.rows_per_step(),
+        "train_seconds": round(clock.seconds, 1),
         "history": [row for row in trainer.state.log_history if "train_runtime" not in row],
         "trainable": trained,
         "test": results,
@@ -148,7 +161,7 @@ def _run(recipe: FinetuneRecipe, output: Path) -> dict[str, Any]:
     part.write_text(json.dumps(record, indent=2))
     part.rename(output / RECORD)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    return record
+    return _read(output / RECORD)  # as a later call returns it: lists for tuples
 
 
 def _trainer(
@@ -173,7 +186,7 @@ def _trainer(
         output_dir=str(output / "checkpoints"),
         max_steps=steps,
         per_device_train_batch_size=micro,
-        per_device_eval_batch_size=16,
+        per_device_eval_batch_size=micro,
         gradient_accumulation_steps=share // micro,
         learning_rate=recipe.peak_learning_rate(),
         warmup_steps=math.ceil(steps * recipe.warmup_ratio),
@@ -187,6 +200,7 @@ def _trainer(
         metric_for_best_model="eval_loss" if validation else None,
         greater_is_better=False if validation else None,
         prediction_loss_only=True,
+        label_names=["labels"],
         logging_steps=max(1, steps // 50),
         seed=recipe.seed,
         data_seed=recipe.seed,
@@ -200,7 +214,7 @@ def _trainer(
         report_to=recipe.report_to or "none",
     )
     stop = StopOnSignal([])
-    callbacks: list[TrainerCallback] = [stop, PlainLines()]
+    callbacks: list[TrainerCallback] = [stop, Clock(), PlainLines()]
     if schedule is not None:
         callbacks.append(ProgressiveUnfreezing(schedule))
     if recipe.adaptive_lr:
@@ -213,6 +227,7 @@ def _trainer(
         collate,
         train,
         validation or None,
+        compute_loss_func=classification_loss if task.kind == "classification" else None,
         callbacks=callbacks,
         layer_decay=1.0 if schedule is None else schedule.layer_decay,
         min_lr_ratio=recipe.min_lr_ratio,
@@ -221,25 +236,18 @@ def _trainer(
     return trainer, stop
 
 
-class PlainLines(TrainerCallback):
-    """Progress where there is no terminal for `Trainer`'s bar."""
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        if args.disable_tqdm and state.is_world_process_zero and "train_runtime" not in logs:
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, float) and k != "epoch")
-            say(f"finetune {state.global_step:>6}/{state.max_steps}  {shown}")
-
-
 def _datasets(recipe: FinetuneRecipe, task: TaskData, tokenizer: PreTrainedTokenizerBase):
     """Training and validation examples, and their collator."""
+    order = np.random.default_rng(0).permutation(len(task.validation))[: recipe.validation_rows]
+    splits = (task.train, [task.validation[i] for i in sorted(order)])
     if task.kind == "classification":
         assert task.labels is not None
         labels, length = task.labels, recipe.max_length
-        both = [encode_classification(rows, tokenizer, labels, length) for rows in (task.train, task.validation)]
+        both = [encode_classification(rows, tokenizer, labels, length) for rows in splits]
         return *both, lambda batch: pad_classification(batch, tokenizer.pad_token_id)
     both = [
         pack(encode_rows(rows, task, tokenizer), recipe.max_length, tokenizer.pad_token_id, split=task.kind == "text")
-        for rows in (task.train, task.validation)
+        for rows in splits
     ]
     return *both, stack
 
@@ -281,7 +289,8 @@ def _save(
     """Write what was trained; each folder appears whole. Returns the folders' sizes in bytes."""
     original = DeepseekV3Config.from_pretrained(recipe.base)
     config = unwrapped(model).config
-    config.mtp_loss_coef, config.seq_balance_coef = original.mtp_loss_coef, original.seq_balance_coef
+    for name in ("mtp_loss_coef", "seq_balance_coef", "use_cache"):  # off while training
+        setattr(config, name, getattr(original, name))
 
     def write(name: str, written: nn.Module) -> None:
         part, final = output / f".{name}.tmp", output / name
@@ -319,6 +328,16 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: found {type(content).__name__}, allowed is an object")
     return content
+
+
+def _read_record(path: Path, recipe: FinetuneRecipe) -> dict[str, Any]:
+    """The record of a finished run of this recipe, or ValueError."""
+    record = _read(path)
+    saved = record.get("recipe")
+    if not isinstance(saved, dict) or not record.get("finished"):
+        raise ValueError(f"{path}: not the record of a finished run; --restart trains it again")
+    _check_same(saved, recipe, path)
+    return record
 
 
 def _check_same(saved: dict[str, Any], recipe: FinetuneRecipe, where: Path) -> None:

@@ -1,19 +1,25 @@
 """transformers' `Trainer` with what fine-tuning this architecture needs: fp32 master weights, learning rates by depth,
-a learning rate that follows the validation loss, and a stop between steps that loses nothing."""
+a learning rate that follows the validation loss, an order of the data and a stop between steps that resuming keeps."""
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
 from ..optimizer import MasterAdamW
-from ..process import any_rank
+from ..process import any_rank, say
+from .build import unwrapped
 from .unfreezing import parameter_groups
 
 
@@ -68,8 +74,68 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
 
+class PlainLines(TrainerCallback):
+    """Progress where there is no terminal for `Trainer`'s bar."""
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if args.disable_tqdm and state.is_world_process_zero and "train_runtime" not in logs:
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, float) and k != "epoch")
+            say(f"finetune {state.global_step:>6}/{state.max_steps}  {shown}")
+
+
+class Clock(TrainerCallback, ExportableState):
+    """`seconds` of training, those before a resumption included; complete when training has ended."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.start = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds + time.monotonic() - self.start}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.monotonic()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.seconds += time.monotonic() - self.start
+
+
+class EpochOrder(Sampler[int]):
+    """The order of the rows in an epoch: a function of seed and epoch alone, and not of other random numbers, of where
+    a run was resumed, or of how many processes and micro-batches share a step.
+
+    With `lengths` rows of similar length share a step of `rows_per_step`.
+    """
+
+    def __init__(self, count: int, seed: int, rows_per_step: int, lengths: Sequence[int] | None = None) -> None:
+        self.count, self.seed, self.rows_per_step, self.lengths = count, seed, rows_per_step, lengths
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(2**20 * self.seed + self.epoch)
+        if self.lengths is None:
+            return iter(torch.randperm(self.count, generator=generator).tolist())
+        return iter(get_length_grouped_indices(self.lengths, self.rows_per_step, generator=generator))
+
+
+def classification_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross-entropy in nats, summed and divided by the rows of the whole step.
+
+    transformers' classifiers take the mean over a micro-batch instead, which `Trainer` then does not divide by the
+    number of micro-batches and multiplies by that of the processes.
+    """
+    total = F.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
 class FinetuneTrainer(Trainer):
-    """A `Trainer` whose optimizer is `MasterAdamW` with groups by depth, and whose checkpoints appear whole or not.
+    """A `Trainer` whose optimizer is `MasterAdamW` with groups by depth, whose data come in an `EpochOrder`, and whose
+    checkpoints appear whole or not.
 
     Args:
         layer_decay: see `Unfreezing.layer_decay`; 1 gives every layer the same learning rate.
@@ -80,7 +146,9 @@ class FinetuneTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.layer_decay = layer_decay
         self.min_lr_ratio = min_lr_ratio
+        self.causal = isinstance(unwrapped(self.model), DeepseekV3ForCausalLM)
 
+    order: EpochOrder
     optimizer: torch.optim.Optimizer | None
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None
 
@@ -103,6 +171,25 @@ class FinetuneTrainer(Trainer):
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, schedule)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, *args: Any, **kwargs: Any) -> Any:
+        if self.causal:  # in evaluation too: of a whole batch they are the largest tensor by far
+            inputs = {**inputs, "skip_logits": True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        lengths = [len(row["input_ids"]) for row in data] if grouped else None
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self.order = EpochOrder(len(data), self.args.seed, rows, lengths)
+        return self.order
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed from the state after the last step
+            return
+        self.order.epoch = epoch  # accelerate's own way does not reach the sampler of a resumed loader of many ranks
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _clip_grad_norm(self, model) -> Any:
         norm = super()._clip_grad_norm(model)

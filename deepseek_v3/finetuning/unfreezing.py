@@ -27,7 +27,8 @@ class Unfreezing:
 
     Attributes:
         first_layers: stage 0 trains the head, the final norm, MTP layers and this many of the last main layers.
-        layers_per_stage: how many more each later stage adds; the token embedding comes with the lowest layer.
+        layers_per_stage: how many more each later stage adds; the token embedding, and with it a tied head, comes with
+            the lowest layer.
         advance: what ends a stage. `plateau`: evaluations without a lower validation loss.
         every: how many of these make a stage.
         layer_decay: a layer's learning rate is the recipe's times `layer_decay` to the number of main layers above it.
@@ -117,9 +118,11 @@ class ProgressiveUnfreezing(TrainerCallback, ExportableState):
         self._move(state)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        loss = metrics.get("eval_loss")
-        if self.schedule.advance != "plateau" or loss is None:
+        if self.schedule.advance != "plateau":
             return
+        if "eval_loss" not in metrics:
+            raise ValueError(f"unfreezing: advance is 'plateau' and needs eval_loss; found {', '.join(metrics)}")
+        loss = metrics["eval_loss"]
         if self.best is None or loss < self.best:
             self.best, self.waited = loss, 0
             return

@@ -1,6 +1,6 @@
 """Publishing: model cards."""
 
 from .card import write_pretraining_card
-from .finetuning_card import write_finetuning_cards
+from .finetuning_card import figure_text, write_finetuning_cards
 
-__all__ = ["write_finetuning_cards", "write_pretraining_card"]
+__all__ = ["figure_text", "write_finetuning_cards", "write_pretraining_card"]

@@ -34,17 +34,24 @@ def write_finetuning_cards(output: str | Path, record: Mapping[str, Any]) -> lis
 
     `record` is what `finetuning.finetune` returned. Raises `ValueError` naming a field that it lacks.
     """
-    cards = []
-    for name in record.get("artifacts", {}):
-        folder = Path(output) / name
-        try:
-            fields = _fields(folder, record)
-        except KeyError as error:
-            raise ValueError(f"model card of {folder}: the run's record has no field {error}") from None
-        card = folder / "README.md"
-        card.write_text(Template(TEMPLATE.read_text(encoding="utf-8")).substitute(fields), encoding="utf-8")
-        cards.append(card)
-    return cards
+    template = Template(TEMPLATE.read_text(encoding="utf-8"))
+    try:
+        folders = [Path(output) / name for name in record["artifacts"]]
+        cards = {folder / "README.md": template.substitute(_fields(folder, record)) for folder in folders}
+    except KeyError as error:
+        raise ValueError(f"model cards of {output}: the run's record has no field {error}") from None
+    for path, card in cards.items():
+        path.write_text(card, encoding="utf-8")
+    return list(cards)
+
+
+def figure_text(figure: Mapping[str, Any] | None) -> str:
+    """`value [low, high]`; the value alone where there is no interval, as of a single item."""
+    if not figure or figure["value"] is None:
+        return "undefined"
+    if figure["low"] is None:
+        return f"{figure['value']:.3f}"
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
 def _fields(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
@@ -53,13 +60,13 @@ def _fields(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
     adapter = folder.name == "adapter"
     how = {"lora": "LoRA", "full": "Full fine-tuning", "head": "A head on the frozen base"}[recipe["method"]]
     how = "QLoRA (NF4 base)" if recipe["quantize"] == "nf4" else how
-    how += " with progressive unfreezing" if recipe["unfreezing"] else ""
+    how += "" if recipe["unfreezing"] is None else " with progressive unfreezing"
     training = {
         "method": how,
         "trained": f"{trainable['trainable']:,} of {trainable['parameters']:,} parameters ({trainable['share']:.2%})",
         **({"targets": ", ".join(recipe["targets"]), "rank": recipe["rank"]} if recipe["method"] == "lora" else {}),
         "steps": f"{record['steps']:,} ({record['epochs']:.2f} epochs of {task['rows']['train']:,} rows)",
-        "learning rate": recipe["learning_rate"] or recipe["preset"] or "the method's default",
+        "learning rate": f"{record['learning_rate']:g}, {record['batch_size']:,} rows per step",
         "seed": recipe["seed"],
         "time": f"{record['train_seconds']:,.0f} s on {record['environment']['device']}",
         "peak memory": f"{record['peak_memory_bytes'] / 2**20:,.0f} MiB",
@@ -95,14 +102,15 @@ def _fields(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
 def _usage(folder: Path, recipe: Mapping[str, Any], labels: Any, adapter: bool) -> str:
     auto = "AutoModelForSequenceClassification" if labels else "AutoModelForCausalLM"
     lines = ["import deepseek_v3", f"from transformers import AutoTokenizer, {auto}", ""]
+    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{folder}")']
     if adapter:
         lines[1:1] = ["from peft import PeftModel"]
-        labels = f", num_labels={len(labels)}" if labels else ""
-        lines += [f'model = {auto}.from_pretrained("{recipe["base"]}"{labels})']
+        count = f", num_labels={len(labels)}" if labels else ""
+        lines += [f'model = {auto}.from_pretrained("{recipe["base"]}"{count})']
+        lines += ["model.config.pad_token_id = tokenizer.pad_token_id"] if labels else []
         lines += [f'model = PeftModel.from_pretrained(model, "{folder}")']
     else:
         lines += [f'model = {auto}.from_pretrained("{folder}")']
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{folder}")']
     return "\n".join(lines)
 
 
@@ -111,14 +119,8 @@ def _results(record: Mapping[str, Any]) -> str:
     names = [name for name in FIGURES if record["test"].get(name)]
     lines = ["| | " + " | ".join(FIGURES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
     for who, results in rows.items():
-        lines.append(f"| {who} | " + " | ".join(_figure(results.get(name)) for name in names) + " |")
+        lines.append(f"| {who} | " + " | ".join(figure_text(results.get(name)) for name in names) + " |")
     return "\n".join(lines)
-
-
-def _figure(figure: Mapping[str, Any] | None) -> str:
-    if not figure or figure["value"] is None:
-        return "undefined"
-    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
 def _threshold(test: Mapping[str, Any]) -> str:
@@ -127,8 +129,8 @@ def _threshold(test: Mapping[str, Any]) -> str:
     at = test["at_validation_recall"]
     return (
         f"At the threshold {at['threshold']:.3f}, which finds {at['recall']:.0%} of the positive validation rows: "
-        f"sensitivity {_figure(at['sensitivity'])}, specificity {_figure(at['specificity'])}, share of rows to review "
-        f"{_figure(at['review_rate'])}.\n"
+        f"sensitivity {figure_text(at['sensitivity'])}, specificity {figure_text(at['specificity'])}, share of rows "
+        f"to review {figure_text(at['review_rate'])}.\n"
     )
 
 

@@ -20,6 +20,8 @@ from ..kernels.experts.lora import grouped_lora_experts, is_quantized
 from ..kernels.router import route
 from .layers import DeepseekV3MLP, Fp32Buffers
 
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")  # the fused weights
+
 
 class DeepseekV3TopkRouter(Fp32Buffers):
     """Sigmoid scores, a routing bias that only affects the choice, and group-limited top-k (eq. 13-16).
@@ -86,22 +88,12 @@ def grouped_experts_forward(
     if not is_fused_swiglu(self):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     # Autocast does not reach the op, as it does not reach grouped_mm.
-    hidden = hidden_states.to(self.gate_up_proj.dtype)
-    experts = _quantized_experts if is_quantized(self.gate_up_proj) else grouped_swiglu_experts
-    output = experts(hidden, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
+    hidden, weights = hidden_states.to(self.gate_up_proj.dtype), (self.gate_up_proj, self.down_proj)
+    if is_quantized(self.gate_up_proj):
+        output = grouped_lora_experts(hidden, top_k_index, top_k_weights, *weights, None, None)
+    else:
+        output = grouped_swiglu_experts(hidden, top_k_index, top_k_weights, *weights)
     return output.to(hidden_states.dtype)
-
-
-def _quantized_experts(
-    hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: nn.Module, down: nn.Module
-) -> torch.Tensor:
-    """`grouped_swiglu_experts` with weights that are dequantized for each product and not kept for backward."""
-    if torch.is_grad_enabled():
-        return grouped_lora_experts(hidden, indices, weights, gate_up, down, None, None)
-    used, indices = indices.unique(return_inverse=True)  # in decoding only a few are
-    used = used[used < gate_up.shape[0]]
-    dense = (weight.dequantize(hidden.dtype, used) for weight in (gate_up, down))
-    return grouped_swiglu_experts(hidden, indices, weights, *dense)
 
 
 def is_fused_swiglu(experts: nn.Module) -> bool:
@@ -128,23 +120,40 @@ class DeepseekV3Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
 
-    @torch.no_grad()
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Also takes the experts one by one, by their official names: `Trainer` loads a checkpoint's files so when it
-        resumes, and would leave the experts as they were."""
-        inside = [name for name in state_dict if name.startswith(prefix) and name.endswith("_proj.weight")]
-        if inside and is_quantized(self.gate_up_proj):
-            raise ValueError(f"{prefix}: quantized experts, found {inside[0]}: load such weights before quantizing")
-        for name in inside:
-            expert, projection, _ = name.removeprefix(prefix).split(".")
-            gate, up = self.gate_up_proj[int(expert)].chunk(2)
-            {"gate_proj": gate, "up_proj": up, "down_proj": self.down_proj[int(expert)]}[projection].copy_(
-                state_dict[name]
-            )
-        if len(inside) == 3 * self.num_experts:
-            fused = {f"{prefix}{name}": parameter for name, parameter in self.named_parameters(recurse=False)}
-            state_dict = {name: value for name, value in state_dict.items() if name not in inside} | fused
+        resumes, and would leave the experts as they were. A file may hold some of them only."""
+        if not is_quantized(self.gate_up_proj):
+            state_dict = self._with_fused(state_dict, prefix, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def _with_fused(self, state_dict, prefix: str, errors: list[str]) -> dict[str, torch.Tensor]:
+        """Single experts are put into copies of the fused weights; torch checks, casts or assigns those."""
+        half = self.intermediate_dim
+        places = {
+            "gate_proj": ("gate_up_proj", slice(0, half)),
+            "up_proj": ("gate_up_proj", slice(half, None)),
+            "down_proj": ("down_proj", slice(None)),
+        }
+        fused: dict[str, torch.Tensor] = {}
+        state_dict = dict(state_dict)
+        for expert in range(self.num_experts):
+            for projection, (weight, rows) in places.items():
+                name = f"{prefix}{expert}.{projection}.weight"
+                if (given := state_dict.pop(name, None)) is None:
+                    continue
+                own = getattr(self, weight)
+                if given.shape != own[expert, rows].shape:
+                    errors.append(
+                        f"size mismatch for {name}: found {list(given.shape)}, allowed {list(own[expert, rows].shape)}"
+                    )
+                    continue
+                if weight not in fused:
+                    nan = torch.full_like(own, torch.nan, device=given.device)  # loud, should an expert be missing
+                    fused[weight] = nan if own.is_meta else own.clone()
+                fused[weight][expert, rows] = given
+        return state_dict | {f"{prefix}{weight}": tensor for weight, tensor in fused.items()}
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

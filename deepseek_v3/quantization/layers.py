@@ -9,10 +9,9 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
 from ..modeling_deepseek_v3.layers import DeepseekV3Linear
-from ..modeling_deepseek_v3.moe import DeepseekV3Experts
+from ..modeling_deepseek_v3.moe import EXPERT_WEIGHTS, DeepseekV3Experts
 from .packed import BLOCK, NF4Weight, decode, decode_scales
 
-EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 HEADS = ("lm_head", "score")  # the output layers of our models; embeddings, norms and router are no linear layers
 
 

@@ -28,15 +28,15 @@ def decode(packed: torch.Tensor, absmax: torch.Tensor, matrix: torch.Size, dtype
     """
     elements = matrix.numel()
     step = max(1, _MAX_ELEMENTS // elements) if elements % BLOCK == 0 else 1  # a call begins with a whole block
-    pieces = []
-    for packed_, absmax_ in zip(packed.split(step), absmax.split(step), strict=True):
+    output = torch.empty(len(packed), *matrix, dtype=dtype, device=packed.device)
+    for packed_, absmax_, output_ in zip(packed.split(step), absmax.split(step), output.split(step), strict=True):
         row = torch.Size((2 * packed_.numel(),))
         state = functional.QuantState(
             absmax_.flatten(), shape=row, code=None, blocksize=BLOCK, quant_type="nf4", dtype=dtype
         )
         piece = functional.dequantize_4bit(packed_.reshape(-1, 1), state)
-        pieces.append(piece.view(len(packed_), -1)[:, :elements].reshape(-1, *matrix))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        output_.view(len(packed_), -1).copy_(piece.view(len(packed_), -1)[:, :elements])
+    return output
 
 
 class NF4Weight(nn.Module):
@@ -82,9 +82,6 @@ class NF4Weight(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.packed.device
-
-    def dim(self) -> int:
-        return len(self.shape)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None, experts: torch.Tensor | None = None) -> torch.Tensor:

@@ -279,3 +279,14 @@ def test_generation_is_the_merged_models(targets) -> None:
     expected = ours.merge_and_unload().generate(input_ids=prompt, **options)
     assert torch.equal(found.sequences, expected.sequences) and not torch.equal(found.sequences, plain_text)
     assert max(relative_error(a, b) for a, b in zip(found.logits, expected.logits, strict=True)) < 1e-4
+
+
+def test_without_gradients_only_the_chosen_quantized_experts_are_read() -> None:
+    """In batches of several tokens too; the result is that of the path with gradients."""
+    model = base()
+    quantize_experts(model)
+    model = randomized(apply_lora(model, targets=("experts",), rank=2))
+    ids = tokens(2, 3)
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+    assert relative_error(found, model(input_ids=ids).logits.detach()) < 1e-5

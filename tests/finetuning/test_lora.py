@@ -264,3 +264,14 @@ def test_names_of_sets() -> None:
 def test_the_saved_configuration_needs_no_class_of_ours(tmp_path) -> None:
     apply_lora(base(), ["all"], rank=2).save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path)._custom_modules is None
+
+
+def test_layers_may_come_from_an_iterator() -> None:
+    assert lora_config(tiny_config(), ("attention",), layers=(n for n in [1])).layers_to_transform == [1]
+
+
+def test_a_model_with_adapters_is_refused() -> None:
+    model = apply_lora(base())
+    for given in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match="model: found one with adapters"):
+            apply_lora(given)

@@ -115,7 +115,7 @@ def test_credit_errors_name_row_and_value(tmp_path):
     (tmp_path / "column.csv").write_text(text.replace("housing", "home"))
     with pytest.raises(ValueError, match=r"column.csv:2: columns \['housing'\] not found; found \['age_in_years'"):
         load_task("german-credit", tmp_path / "column.csv")
-    with pytest.raises(ValueError, match="fold must lie in 0-9, found 10"):
+    with pytest.raises(ValueError, match="fold must be a whole number in 0-9, found 10"):
         load_task("german-credit", tmp_path / "a.csv", fold=10)
 
 
@@ -166,7 +166,7 @@ def test_icd_splits_share_no_category(tmp_path):
 
 def test_icd_errors(tmp_path):
     (tmp_path / "a.xml").write_text("<chapter>")
-    with pytest.raises(ValueError, match="a.xml: not XML"):
+    with pytest.raises(ValueError, match="a.xml: cannot be read as XML"):
         load_task("icd10-chapter", tmp_path / "a.xml")
     (tmp_path / "b.xml").write_text("<chapter></chapter>")
     with pytest.raises(ValueError, match="no chapter with a diagnosis"):
@@ -403,3 +403,22 @@ def test_too_small_data_unknown_tasks_and_options(tmp_path):
         load_task("mine", tmp_path / "two.jsonl")
     with pytest.raises(ValueError, match=r"unknown options \['folds'\]; allowed: \['fold', 'drop_sensitive'\]"):
         load_task("german-credit", folds=3)
+
+
+def test_numbers_as_labels_keep_their_order(tmp_path):
+    """The class's number in the model is then the user's, also from ten classes on."""
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"text": f"text {i}", "label": i % 11} for i in range(220)])
+    assert load_task(path).labels == tuple(str(i) for i in range(11))
+
+
+def test_tool_calls_may_have_no_content_and_completions_end_with_the_assistant(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    asked = {"role": "user", "content": "What is it?"}
+    rows = [{"messages": [asked | {"content": f"{i}?"}, call]} for i in range(40)]
+    write_jsonl(tmp_path / "calls.jsonl", rows)
+    assert load_task(tmp_path / "calls.jsonl").train[0]["messages"][1] == call
+    bad = [{"prompt": [asked], "completion": [asked]}]
+    write_jsonl(tmp_path / "bad.jsonl", bad)
+    with pytest.raises(ValueError, match=r"bad.jsonl.*completion must end with the assistant"):
+        load_task(tmp_path / "bad.jsonl")

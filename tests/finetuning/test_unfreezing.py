@@ -181,3 +181,10 @@ def test_names() -> None:
 def test_bad_schedules_are_refused(field: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(field))):
         Unfreezing(**field)
+
+
+def test_a_plateau_needs_a_loss(tmp_path: Path) -> None:
+    """Several evaluation sets have losses of other names: without an error the first stage would last for ever."""
+    callback = ProgressiveUnfreezing(Unfreezing(advance="plateau"))
+    with pytest.raises(ValueError, match="needs eval_loss; found eval_credit_loss"):
+        callback.on_evaluate(None, None, None, metrics={"eval_credit_loss": 1.0})

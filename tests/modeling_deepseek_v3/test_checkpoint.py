@@ -1,6 +1,7 @@
 """Files: official names and layouts, exact round trips, FP8 blocks, and what must be refused."""
 
 import json
+import re
 import shutil
 import struct
 import time
@@ -826,3 +827,24 @@ def test_load_state_dict_takes_the_tensors_of_the_files(tmp_path: Path, shards: 
             assert not missing and not unexpected
     for (name, expected), found in zip(saved.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(expected, found), name
+
+
+def test_load_state_dict_reports_experts_that_do_not_fit() -> None:
+    """Names and shapes, as torch does for every other tensor; nothing is broadcast."""
+    model = build()
+    name = "model.layers.1.mlp.experts.{}.gate_proj.weight"
+    width, half = model.config.hidden_size, model.config.moe_intermediate_size
+    for shape in ((1, width), (half + 1, width)):
+        with pytest.raises(RuntimeError, match=f"size mismatch for {re.escape(name.format(0))}"):
+            model.load_state_dict({name.format(0): torch.ones(shape)}, strict=False)
+    beyond = name.format(model.config.n_routed_experts)
+    assert model.load_state_dict({beyond: torch.ones(half, width)}, strict=False).unexpected_keys == [beyond]
+    with torch.device("meta"):
+        empty = DeepseekV3ForCausalLM(model.config)
+    state = {
+        f"model.layers.1.mlp.experts.{e}.{p}.weight": torch.ones((width, half) if p == "down_proj" else (half, width))
+        for e in range(model.config.n_routed_experts)
+        for p in ("gate_proj", "up_proj", "down_proj")
+    }
+    empty.load_state_dict(state, strict=False, assign=True)
+    assert all((p == 1).all() and not p.is_meta for p in empty.model.layers[1].mlp.experts.parameters())

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from deepseek_v3.modeling_deepseek_v3.layers import DeepseekV3Linear
+from deepseek_v3.modeling_deepseek_v3.moe import DeepseekV3Experts
 from deepseek_v3.quantization import (
     NF4Weight,
     bytes_per_parameter,
@@ -257,3 +258,21 @@ def test_a_loader_that_misses_experts_is_found_out(saved: Path, monkeypatch) -> 
     )
     with pytest.raises(ValueError, match="6 weights are not in NF4.*experts.gate_up_proj"):
         AutoModelForCausalLM.from_pretrained(saved, quantization_config=nf4_config())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_choices_of_other_ranks_add_nothing(grad: bool, rows: int) -> None:
+    """An index of E marks an expert that another rank computes; here there is no other choice, or no token."""
+    torch.manual_seed(0)
+    config = tiny_config()
+    config._experts_implementation = "deepseek_v3"
+    experts = DeepseekV3Experts(config)
+    for name in ("gate_up_proj", "down_proj"):
+        weight = torch.randn(getattr(experts, name).shape)
+        delattr(experts, name)
+        setattr(experts, name, NF4Weight.quantize(weight))
+    indices = torch.full((rows, 2), config.n_routed_experts)
+    with torch.set_grad_enabled(grad):
+        output = experts(torch.randn(rows, config.hidden_size), indices, torch.ones(rows, 2))
+    assert torch.equal(output, torch.zeros(rows, config.hidden_size))

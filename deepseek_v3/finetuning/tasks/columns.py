@@ -1,5 +1,6 @@
 """The user's own data: the kind of task is told by the names of the columns."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,10 @@ def _labelled_row(row: Row) -> TaskRow:
 
 def _prompt_row(row: Row) -> TaskRow:
     if isinstance(row.fields["prompt"], list) and isinstance(row.fields["completion"], list):
-        return {column: _messages(row, column) for column in ("prompt", "completion")}
+        parts = {column: _messages(row, column) for column in ("prompt", "completion")}
+        if parts["completion"][-1]["role"] != "assistant":
+            raise ValueError(f"{row.where}: completion must end with the assistant's answer")
+        return parts
     return {column: text_of(row, column) for column in ("prompt", "completion")}
 
 
@@ -87,13 +91,17 @@ def _messages(row: Row, column: str) -> list[dict[str, Any]]:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise ValueError(f"{row.where}: message {number}: role must be one of {', '.join(ROLES)}: {message!r:.60}")
         content = message.get("content")
-        if not isinstance(content, str) or not (content.strip() or message.get("tool_calls")):
+        if message.get("tool_calls"):
+            content = content or "calls"  # null in the common form
+        if not isinstance(content, str) or not content.strip():
             raise ValueError(f"{row.where}: message {number}: content must be text, found {content!r:.60}")
     return messages
 
 
 def _labels(splits: dict[str, list[TaskRow]], positive: str | None, source: str) -> tuple[str, ...]:
     labels = sorted({row["label"] for rows in splits.values() for row in rows})
+    if all(re.fullmatch(r"-?\d+", label) for label in labels):
+        labels.sort(key=int)  # so that the number of a class is its place
     if len(labels) < 2:
         raise ValueError(f"{source}: a classification needs at least two labels, found {labels}")
     if positive is not None:

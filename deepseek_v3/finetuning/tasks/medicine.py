@@ -99,8 +99,8 @@ def _from_splits(
 def _icd_rows(file: Path) -> tuple[list[TaskRow], tuple[str, ...]]:
     try:
         root = ElementTree.parse(file).getroot()
-    except ElementTree.ParseError as error:
-        raise ValueError(f"{file}: not XML: {error}") from error
+    except (OSError, ElementTree.ParseError) as error:
+        raise ValueError(f"{file}: cannot be read as XML: {error}") from error
     rows, chapters = [], []
     for chapter in root.iter("chapter"):
         title = re.sub(r"\s*\([A-Z]\d\w-[A-Z]\w\w\)$", "", chapter.findtext("desc", "").strip())

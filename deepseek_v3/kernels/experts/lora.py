@@ -35,8 +35,8 @@ class QuantizedWeight(Protocol):
     shape: torch.Size
     device: torch.device
 
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight itself `[E, out, in]`, newly made."""
+    def dequantize(self, dtype: torch.dtype, experts: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight itself `[E, out, in]`, newly made, or the chosen `experts [n]` of it."""
 
     def __getitem__(self, expert: int) -> torch.Tensor:
         """One expert's matrix `[out, in]`, in any floating-point dtype."""
@@ -78,6 +78,15 @@ def grouped_lora_experts(
     _check_weight("down", down, lora_down, hidden)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; allowed: 0 <= dropout < 1")
+    if not torch.is_grad_enabled() and is_quantized(gate_up) and is_quantized(down) and not is_one_token(hidden):
+        used, indices = indices.unique(return_inverse=True)  # in decoding only a few experts are; E sorts last
+        used = used[used < gate_up.shape[0]]
+        gate_up, down = _Chosen(gate_up, used), _Chosen(down, used)
+        lora_gate_up, lora_down = (
+            None if pair is None else (pair[0][used], pair[1][used]) for pair in (lora_gate_up, lora_down)
+        )
+        if not len(used):
+            return torch.zeros_like(hidden)
     if is_one_token(hidden) and not dropout:
         return _one_token(hidden, indices, weights, gate_up, down, lora_gate_up, lora_down)
     grouped = _takes_grouped_mm(hidden.device, hidden.dtype, *down.shape[1:])
@@ -87,6 +96,17 @@ def grouped_lora_experts(
         for is_b, factor in enumerate(pair or (None, None))
     ]
     return _Experts.apply(hidden, weights, *factors, gate_up, down, permutation(indices, gate_up.shape[0]), dropout)
+
+
+class _Chosen:
+    """Some experts of a quantized weight; the others are not dequantized."""
+
+    def __init__(self, weight: QuantizedWeight, experts: torch.Tensor) -> None:
+        self.weight, self.experts, self.device = weight, experts, weight.device
+        self.shape = torch.Size((len(experts), *weight.shape[1:]))
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.weight.dequantize(dtype, self.experts)
 
 
 def _check_weight(name: str, weight: Any, factors: Factors, hidden: torch.Tensor) -> None:
@@ -114,7 +134,7 @@ def _one_token(hidden, indices, weights, gate_up, down, lora_gate_up, lora_down)
         y = torch.mv(weight[expert].to(x.dtype), x)
         return y if factors is None else y.add_(torch.mv(factors[1][expert], torch.mv(factors[0][expert], x)))
 
-    output = torch.zeros(hidden.shape[1], dtype=torch.float32)
+    output = torch.zeros(hidden.shape[1], dtype=torch.promote_types(hidden.dtype, torch.float32))
     for expert, weight in zip(indices[0].tolist(), weights[0].tolist(), strict=True):
         if expert < gate_up.shape[0]:
             gate, up = product(gate_up, lora_gate_up, expert, hidden[0]).chunk(2)
@@ -255,7 +275,11 @@ def _product(
 def _outer(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """`left^T right` over each expert's rows: `[R, a]`, `[R, b]` -> `[E, a, b]`."""
     if _takes_grouped_mm(left.device, left.dtype, left.shape[1], right.shape[1]):
-        return F.grouped_mm(left.t(), right, offs=ends)
+        if not len(left):
+            return left.new_zeros(ends.shape[0], left.shape[1], right.shape[1])
+        # On Blackwell an expert without rows gets whatever the memory held (torch 2.9 to 2.11).
+        empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+        return F.grouped_mm(left.t(), right, offs=ends).masked_fill_(empty[:, None, None], 0)
     output = left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
     for left_, right_, output_ in zip(_by_expert(left, ends), _by_expert(right, ends), output.unbind(), strict=True):
         torch.mm(left_.t(), right_, out=output_)

@@ -167,5 +167,8 @@ def gather_sum(rows: torch.Tensor, row_of: torch.Tensor) -> torch.Tensor:
 
 def clear_tail(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Zero the rows past the last expert's: `grouped_mm` does not compute them and leaves their memory as it was."""
-    rows[int(ends[-1]) :] = 0
-    return rows
+    if rows.device.type == "cpu":
+        rows[int(ends[-1]) :] = 0
+        return rows
+    past = torch.arange(len(rows), device=rows.device) >= ends[-1]  # without waiting for the device
+    return rows.masked_fill_(past[:, None], 0)

@@ -1,0 +1,205 @@
+"""The cards of a fine-tune: every figure is the record's, a missing one is an error, the hub's library reads them."""
+
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from deepseek_v3.finetuning import finetune
+from deepseek_v3.hub import figure_text, write_finetuning_cards
+from deepseek_v3.hub.finetuning_card import FIGURES
+from tests.finetuning.runs import recipe, save_base, write_data
+
+Run = tuple[Path, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    folder = tmp_path_factory.mktemp("cards")
+    base = save_base(folder / "base")
+    general = {"general_text": str(write_data(folder / "text", "text") / "train.jsonl")}
+    variants: dict[str, tuple[str, dict[str, Any]]] = {
+        "lora": ("two", {"compare": True, "merge": True, **general}),
+        "chat": ("messages", {"generate": 2, "merge": True, **general}),
+        "full": ("three", {"method": "full", "unfreezing": {}, "preset": "few-shot", "learning_rate": None}),
+    }
+    found = {}
+    for name, (kind, changes) in variants.items():
+        chosen = recipe(base, write_data(folder / kind, kind), folder / name, **{"epochs": 1, **changes})
+        found[name] = Path(chosen.output_dir), finetune(chosen)
+    return found
+
+
+@pytest.fixture
+def run(runs: dict[str, Run]) -> Run:
+    return copy.deepcopy(runs["lora"])
+
+
+def cards(run: Run) -> dict[str, str]:
+    """Folder -> card."""
+    return {path.parent.name: path.read_text() for path in write_finetuning_cards(*run)}
+
+
+def tables(card: str, heading: str) -> list[list[str]]:
+    """The rows of the table under `## heading`."""
+    section = card.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    return [row for row in rows if not set(row) <= {"", "---"}]
+
+
+@pytest.mark.parametrize("name", ["lora", "chat", "full"])
+def test_every_figure_is_the_record_s(runs: dict[str, Run], name: str) -> None:
+    output, record = runs[name]
+    found = cards(runs[name])
+    assert set(found) == ({"model"} if name == "full" else {"adapter", "merged"})
+    for folder, card in found.items():
+        assert "$" not in card and "None" not in card and "nan" not in card
+        fields = dict(tables(card, "Training"))
+        trainable = record["trainable"]
+        share = f"{trainable['trainable']:,} of {trainable['parameters']:,} parameters ({trainable['share']:.2%})"
+        assert fields["trained"] == share
+        assert fields["steps"] == f"{record['steps']} ({record['epochs']:.2f} epochs of 16 rows)"
+        rate = "1e-06" if name == "full" else "0.01"
+        assert fields["learning rate"] == f"{rate}, 8 rows per step" and fields["seed"] == "0"
+        assert fields["time"] == f"{record['train_seconds']:,.0f} s on cpu"
+        assert fields["size"] == f"{record['artifacts'][folder]['bytes'] / 1e6:,.1f} MB"
+        assert record["environment"]["torch"] in fields["software"]
+        assert record["task"]["sha256"] in card and "16 rows for training, 6 for validation, 8 for the test" in card
+        header, *rows = tables(card, "Results")
+        shown = [key for key in FIGURES if key in record["test"]]
+        assert header == ["", *(FIGURES[key] for key in shown)] and len(shown) >= (2 if name == "chat" else 5)
+        every = {"this model": record["test"], **record["baselines"]}
+        assert {who: values for who, *values in rows} == {
+            who: [figure_text(results[key]) for key in shown] for who, results in every.items()
+        }
+        flat = re.sub(r"\s+", " ", card)
+        if name == "full":
+            assert "Forgetting was not measured." in flat and "with progressive unfreezing" in fields["method"]
+        else:
+            bits = record["general_bits_per_byte"]
+            assert f"{bits['before']:.3f} bits per byte before, {bits['after']:.3f} after" in flat
+            assert fields["targets"] == "attention, experts" and fields["rank"] == "4"
+        layers = record["experts"]["layers"]
+        layer, most = max(layers.items(), key=lambda item: item[1]["max"])
+        assert f"expert {most['most'][0][0]} of `{layer}`, by {most['max']:.3%}" in flat
+        mean = sum(values["mean"] for values in layers.values()) / len(layers)
+        assert f"by {mean:.3%} of their norm" in flat
+        assert f"holds {record['experts']['share_of_top_tenth']:.0%} of the squared" in flat
+        if name == "lora":
+            at = record["test"]["at_validation_recall"]
+            assert f"threshold {at['threshold']:.3f}, which finds 90% of the positive" in flat
+            for key in ("sensitivity", "specificity", "review_rate"):
+                assert f" {figure_text(at[key])}" in flat
+        else:
+            assert "At the threshold" not in flat
+
+
+def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(value, dict | list):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key)
+
+
+def inner(tree: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def test_a_changed_figure_changes_the_card(run: Run) -> None:
+    """No figure is written down twice or computed from another one."""
+    before, shown = cards(run), set()
+    for path in leaves(run[1]):
+        changed = copy.deepcopy(run[1])
+        if path[0] in ("recipe", "history") or type(inner(changed, path)) not in (int, float):
+            continue
+        inner(changed, path[:-1])[path[-1]] = 12_345_678.0
+        if cards((run[0], changed)) != before:
+            shown.add(path)
+    groups = {path[:2] for path in shown}
+    figures = {("test", key) for key in FIGURES if key in run[1]["test"]}
+    who = {("baselines", name) for name in ("majority", "tfidf", "tfidf_balanced")}
+    bits = {("general_bits_per_byte", "before"), ("general_bits_per_byte", "after")}
+    rest = {("test", "n"), ("trainable", "trainable"), ("trainable", "parameters"), ("trainable", "share")}
+    single = {("steps",), ("epochs",), ("learning_rate",), ("batch_size",), ("train_seconds",), ("peak_memory_bytes",)}
+    assert figures | who | bits | rest | single | {("experts", "share_of_top_tenth")} <= groups
+    assert all(("test", key, end) in shown for _, key in figures for end in ("value", "low", "high"))
+
+
+NEEDED = [
+    *[(key,) for key in ("artifacts", "recipe", "task", "trainable", "test", "baselines", "experts", "environment")],
+    *[(key,) for key in ("steps", "epochs", "learning_rate", "batch_size", "train_seconds", "peak_memory_bytes")],
+    *[("recipe", key) for key in ("base", "method", "quantize", "unfreezing", "targets", "rank", "seed")],
+    *[("task", key) for key in ("name", "kind", "labels", "source", "sha256", "licence", "notes", "rows")],
+    *[("task", "rows", key) for key in ("train", "validation", "test")],
+    *[("trainable", key) for key in ("trainable", "parameters", "share")],
+    *[("environment", key) for key in ("device", "torch", "transformers", "peft")],
+    *[("general_bits_per_byte",), ("general_bits_per_byte", "after"), ("experts", "share_of_top_tenth")],
+    *[("test", "n"), ("test", "at_validation_recall", "threshold"), ("artifacts", "merged", "bytes")],
+]
+
+
+@pytest.mark.parametrize("path", NEEDED, ids=".".join)
+def test_a_missing_field_is_named(run: Run, path: tuple[str, ...]) -> None:
+    output, record = run
+    del inner(record, path[:-1])[path[-1]]
+    for folder in ("adapter", "merged"):
+        (output / folder / "README.md").write_text("the card before")
+    with pytest.raises(ValueError, match=f"record has no field '{path[-1]}'"):
+        write_finetuning_cards(output, record)
+    assert {(output / folder / "README.md").read_text() for folder in ("adapter", "merged")} == {"the card before"}
+
+
+@pytest.mark.parametrize("name", ["lora", "chat", "full"])
+def test_front_matter(runs: dict[str, Run], name: str) -> None:
+    output, record = runs[name]
+    for folder, card in cards(runs[name]).items():
+        data = yaml.safe_load(card.split("---\n")[1])
+        assert data == ModelCard.load(output / folder / "README.md").data.to_dict()
+        assert data["base_model"] == record["recipe"]["base"]
+        adapter = folder == "adapter"
+        assert data["base_model_relation"] == ("adapter" if adapter else "finetune")
+        assert data["library_name"] == ("peft" if adapter else "transformers")
+        assert data["pipeline_tag"] == ("text-generation" if name == "chat" else "text-classification")
+        assert {"deepseek_v3", "lora" if name != "full" else "fine-tuned"} <= set(data["tags"])
+
+
+@pytest.mark.parametrize("name", ["lora", "chat", "full"])
+def test_the_code_in_the_card_runs(runs: dict[str, Run], name: str) -> None:
+    for folder, card in cards(runs[name]).items():
+        (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+        scope: dict[str, Any] = {}
+        exec(code, scope)
+        assert type(scope["model"]).__name__.startswith("PeftModel") == (folder == "adapter")
+        inputs = scope["tokenizer"](["late debt", "paid"], return_tensors="pt", padding=True)
+        logits = scope["model"](**inputs).logits
+        assert logits.shape[0] == 2 and logits.shape[-1] == {"lora": 2, "chat": 400, "full": 3}[name]
+
+
+def test_a_figure_without_an_interval_or_value(run: Run) -> None:
+    assert figure_text({"value": 0.25, "low": 0.1234, "high": 1.0}) == "0.250 [0.123, 1.000]"
+    assert figure_text({"value": 0.25, "low": None, "high": None}) == "0.250"
+    assert figure_text({"value": None, "low": None, "high": None}) == figure_text(None) == "undefined"
+    run[1]["test"]["roc_auc"] = dict.fromkeys(("value", "low", "high"))  # one class in the test split
+    run[1]["test"]["ece"] |= {"low": None, "high": None}
+    (header, first, *_) = tables(cards(run)["merged"], "Results")
+    values = dict(zip(header, first, strict=True))
+    assert values["ROC AUC"] == "undefined"
+    assert values["calibration error (ECE)"] == f"{run[1]['test']['ece']['value']:.3f}"
+
+
+def test_what_a_card_says_of_its_domain_groups_and_licence(run: Run) -> None:
+    domains = {"german-credit": "EU AI Act", "icd10-chapter": "no medical device", "medquad": "not medical advice"}
+    for name, words in {**domains, "financeiq": "do not trade", "own": "your own data"}.items():
+        run[1]["task"]["name"] = name
+        assert words in cards(run)["adapter"]
+    run[1]["task"]["licence"], run[1]["test"]["n_groups"], run[1]["experts"] = "CC-BY-4.0", 4, {}
+    card = cards(run)["adapter"].replace("\n", " ")
+    assert "Licence: CC-BY-4.0." in card and "over the test groups" in card and "experts did not move" in card
