@@ -7,7 +7,8 @@ import pytest
 from deepseek_v3.configuration import preset
 from deepseek_v3.training import QUICKSTART, Recipe
 
-EXAMPLES = [path for path in sorted((Path(__file__).resolve().parents[2] / "examples" / "recipes").glob("*.yaml")) if "\nbase:" not in path.read_text()]  # those are of fine-tuning
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "recipes"
+EXAMPLES = [path for path in sorted(FOLDER.glob("*.yaml")) if "\nbase:" not in path.read_text()]  # not fine-tuning
 
 
 def load(tmp_path: Path, text: str | bytes, **overrides) -> Recipe:
