@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .batches import Row, conversation
 from .metrics import Array
 from .reports import class_indices
 from .tasks import TaskData, TaskRow, prompt_of
@@ -101,7 +102,7 @@ def table_random_forest(task: TaskData, seed: int = 0, n_trees: int = 500) -> Ba
     )
 
 
-def nearest_answers(train: Sequence[TaskRow], test: Sequence[TaskRow]) -> list[str]:
+def nearest_answers(train: Sequence[Row], test: Sequence[Row]) -> list[str]:
     """Chat: for each test question, the answer to the most similar training question (cosine of TF-IDF).
 
     Compare by `metrics.rouge_l`. Ties go to the earlier training row.
@@ -109,7 +110,7 @@ def nearest_answers(train: Sequence[TaskRow], test: Sequence[TaskRow]) -> list[s
     vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
     known = vectorizer.fit_transform([prompt_of(row) for row in train])
     asked = vectorizer.transform([prompt_of(row) for row in test])
-    answers = [row["messages"][-1]["content"] if "messages" in row else row["completion"] for row in train]
+    answers = [conversation(row)[-1]["content"] for row in train]
     return [answers[i] for i in _rows_argmax(asked, known)]
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data import IGNORE_INDEX
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
 from ..modeling_deepseek_v3.losses import linear_cross_entropy
+from .baselines import nearest_answers
 from .batches import (
     PAD_MULTIPLE,
     Encoded,
@@ -134,7 +135,8 @@ def evaluate_task(
     sizes = np.array([len(tokenizer.decode(t, skip_special_tokens=True).encode()) for t in tokens])
     report = text_report(nats, np.array([len(t) for t in tokens]), sizes, _groups(task))
     if task.kind == "chat" and generate:
-        report["rouge_l"] = _rouge(model, _drawn(task.test, generate), tokenizer, max_length)
+        rows = _drawn(task.test, generate)
+        report["rouge_l"] = _rouge(rows, _answers(model, rows, tokenizer, max_length))
     return report
 
 
@@ -145,18 +147,18 @@ def _drawn(rows: Sequence[Row], count: int) -> list[Row]:
 
 
 @torch.no_grad()
-def _rouge(
+def _answers(
     model: nn.Module, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[str, float | None]:
+) -> list[str]:
+    """The model's greedy answers, of up to 128 tokens."""
     inner: DeepseekV3ForCausalLM = unwrapped(model).eval()
-    answers, references = [], []
+    answers = []
     for row in rows:
-        messages = conversation(row)
         if tokenizer.chat_template is None:
             prompt = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
         else:
             prompt = tokenizer.apply_chat_template(
-                messages[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+                conversation(row)[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
             )["input_ids"]
         prompt = prompt[:, -max_length:].to(inner.device)
         output = inner.generate(
@@ -167,8 +169,17 @@ def _rouge(
             pad_token_id=tokenizer.pad_token_id,
         )
         answers.append(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True))
-        references.append(messages[-1]["content"])
-    scores = rouge_l(references, answers)
+    return answers
+
+
+def _rouge(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, float | None]:
+    scores = rouge_l([conversation(row)[-1]["content"] for row in rows], answers)
     estimate = bootstrap({"rouge_l": lambda weights: weighted_mean(scores, weights)}, len(scores))["rouge_l"]
     figures = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
     return {**{name: None if math.isnan(value) else value for name, value in figures.items()}, "n": estimate.n}
+
+
+def retrieval_results(task: TaskData, generate: int) -> dict[str, Any]:
+    """What answering like the most similar training row reaches, on the prompts that `evaluate_task` draws."""
+    rows = _drawn(task.test, generate)
+    return {"n": len(rows), "rouge_l": _rouge(rows, nearest_answers(task.train, rows))}

@@ -29,7 +29,7 @@ from .baselines import classification_baselines
 from .batches import encode_classification, pack, pad_classification, stack
 from .build import as_language_model, build_model, load_tokenizer, unwrapped
 from .changes import FUSED, expert_movement, summarize_movement
-from .evaluate import classification_results, encode_rows, evaluate_task
+from .evaluate import classification_results, encode_rows, evaluate_task, retrieval_results
 from .lora import report_trainable, trainable_table
 from .quantized_merge import merge_quantized
 from .recipe import FinetuneRecipe
@@ -124,6 +124,8 @@ def _run(recipe: FinetuneRecipe, output: Path, restart: bool) -> dict[str, Any]:
     if recipe.compare and task.kind == "classification":
         for baseline in classification_baselines(task, recipe.seed):
             baselines[baseline.name] = classification_results(task, baseline.validation, baseline.test)
+    if recipe.compare and task.kind == "chat" and recipe.generate:
+        baselines["nearest training answer"] = retrieval_results(task, recipe.generate)
     movement = summarize_movement(expert_movement(model, before))
     (clock,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Clock))
     record = {

@@ -13,6 +13,7 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline, make_union
 
 from deepseek_v3.finetuning import baselines
+from deepseek_v3.finetuning.evaluate import retrieval_results
 from deepseek_v3.finetuning.metrics import accuracy, macro_f1, roc_auc
 from deepseek_v3.finetuning.reports import class_indices
 from deepseek_v3.finetuning.tasks.task_data import build_task
@@ -145,3 +146,14 @@ def test_nearest_answers_follow_the_question():
     assert baselines.nearest_answers(train, test * 200) == ["By inhalers.", "A joint disease.", "病"] * 200
     prompts = [{"prompt": row["messages"][0]["content"], "completion": row["messages"][1]["content"]} for row in train]
     assert baselines.nearest_answers(prompts, [{"prompt": "asthma"}]) == ["By inhalers."]
+
+
+def test_retrieval_is_measured_on_drawn_prompts():
+    """Test questions stand in train word for word but one, whose answer then is another's."""
+    rows = [{"prompt": f"What is number {word}?", "completion": f"It is the {word}."} for word in ("seven", "ninety", "twelve", "forty")]
+    turns = [{"role": "user", "content": "Unheard of"}, {"role": "assistant", "content": "Quite so"}]
+    test = [*rows[:3], {"messages": turns}]
+    task = build_task("t", "chat", {"train": rows, "validation": [], "test": test}, source="s", licence=None)
+    results = retrieval_results(task, 10)
+    assert results["n"] == results["rouge_l"]["n"] == 4
+    assert results["rouge_l"]["value"] == pytest.approx(3 / 4)

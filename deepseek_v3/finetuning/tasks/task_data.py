@@ -128,7 +128,7 @@ def stratified_folds(labels: Sequence[str], keys: Sequence[str], n_folds: int, s
     return folds
 
 
-def prompt_of(row: TaskRow) -> str:
+def prompt_of(row: Mapping[str, Any]) -> str:
     """What the model is asked: the text, the prompt, or the messages before the last one, as one string."""
     if "messages" in row:
         return json.dumps(row["messages"][:-1], ensure_ascii=False, sort_keys=True)
