@@ -150,7 +150,8 @@ def test_nearest_answers_follow_the_question():
 
 def test_retrieval_is_measured_on_drawn_prompts():
     """Test questions stand in train word for word but one, whose answer then is another's."""
-    rows = [{"prompt": f"What is number {word}?", "completion": f"It is the {word}."} for word in ("seven", "ninety", "twelve", "forty")]
+    numbers = ("seven", "ninety", "twelve", "forty")
+    rows = [{"prompt": f"What is number {word}?", "completion": f"It is the {word}."} for word in numbers]
     turns = [{"role": "user", "content": "Unheard of"}, {"role": "assistant", "content": "Quite so"}]
     test = [*rows[:3], {"messages": turns}]
     task = build_task("t", "chat", {"train": rows, "validation": [], "test": test}, source="s", licence=None)
