@@ -1,5 +1,6 @@
-"""AdamW with fp32 master weights, for pretraining and fine-tuning alike."""
+"""AdamW with fp32 master weights and its schedule, for pretraining and fine-tuning alike."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -92,3 +93,15 @@ class MasterAdamW(torch.optim.Optimizer):
                 if index in state_dict["state"]:
                     state = state_dict["state"][index]
                     self.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
+
+
+def warmup_cosine(warmup: int, total: int, floor: float) -> Callable[[int], float]:
+    """Linear warm-up, then cosine from 1 to `floor` at the last step, as a factor by step."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, total - warmup)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor

@@ -78,7 +78,8 @@ def build_model(
             mtp=recipe.mtp == "trained" and task.kind != "classification",
             task_type="SEQ_CLS" if task.kind == "classification" else "CAUSAL_LM",
         )
-    mtp_layers = tuple(f"layers.{i}." for i in range(config.num_hidden_layers, config.num_hidden_layers + 64))
+    depths = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    mtp_layers = tuple(f"layers.{i}." for i in depths)
     for name, parameter in model.named_parameters():
         if recipe.method == "head":
             parameter.requires_grad_(name.startswith(HEAD))

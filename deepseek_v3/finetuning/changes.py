@@ -7,10 +7,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..modeling_deepseek_v3.moe import DeepseekV3Experts
+from ..modeling_deepseek_v3.moe import EXPERT_WEIGHTS, DeepseekV3Experts
 from .build import unwrapped
-
-FUSED = ("gate_up_proj", "down_proj")
 
 
 @torch.no_grad()
@@ -27,7 +25,7 @@ def expert_movement(model: nn.Module, before: Mapping[str, torch.Tensor] | None 
             continue
         squares = []
         adapters = _adapters_of(model, experts)
-        for parameter in FUSED:
+        for parameter in EXPERT_WEIGHTS:
             weight = getattr(experts, parameter)
             if parameter in adapters:
                 squares.append((_square(weight), _product_square(adapters[parameter], weight.shape[0])))

@@ -24,11 +24,12 @@ from transformers.utils import logging
 
 from ..configuration import DeepseekV3Config
 from ..data import PackedDataset, heldout_bits_per_byte, load_corpus, pack_documents, tokenize_documents
+from ..modeling_deepseek_v3.moe import EXPERT_WEIGHTS
 from ..process import keep_freed_memory, locked, say, stop_signals
 from .baselines import classification_baselines
 from .batches import encode_classification, pack, pad_classification, stack
 from .build import as_language_model, build_model, load_tokenizer, unwrapped
-from .changes import FUSED, expert_movement, summarize_movement
+from .changes import expert_movement, summarize_movement
 from .evaluate import classification_results, encode_rows, evaluate_task, retrieval_results
 from .lora import report_trainable, trainable_table
 from .quantized_merge import merge_quantized
@@ -281,7 +282,7 @@ def _general_bits(model: nn.Module, recipe: FinetuneRecipe, general: tuple[Packe
 
 
 def _expert_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    names = tuple(f".experts.{name}" for name in FUSED)
+    names = tuple(f".experts.{name}" for name in EXPERT_WEIGHTS)
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if name.endswith(names)}
 
 

@@ -3,7 +3,7 @@ a learning rate that follows the validation loss, an order of the data and a sto
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
-from ..optimizer import MasterAdamW
+from ..optimizer import MasterAdamW, warmup_cosine
 from ..process import any_rank, say
 from .build import unwrapped
 from .unfreezing import parameter_groups
@@ -212,15 +212,3 @@ def newest_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint under `output` that was written to its end."""
     found = [path.parent for path in output.glob(f"checkpoint-*/{FINISHED}")]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def warmup_cosine(warmup: int, total: int, floor: float) -> Callable[[int], float]:
-    """Linear warm-up, then cosine from 1 to `floor` at the last step, as a factor by step."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, total - warmup)
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    return factor

@@ -1,11 +1,10 @@
 """The optimizer of a recipe, and the learning-rate schedule."""
 
-import math
 from collections.abc import Iterable
 
 from torch import nn
 
-from ..optimizer import MasterAdamW
+from ..optimizer import MasterAdamW, warmup_cosine
 from .recipe import Recipe
 
 
@@ -21,8 +20,4 @@ def build_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Maste
 
 def learning_rate(step: int, recipe: Recipe) -> float:
     """Linear warm-up over `warmup_steps`, then cosine to `min_lr_ratio` of the peak at the last step."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return recipe.learning_rate * (recipe.min_lr_ratio + (1 - recipe.min_lr_ratio) * cosine)
+    return recipe.learning_rate * warmup_cosine(recipe.warmup_steps, recipe.steps, recipe.min_lr_ratio)(step)
