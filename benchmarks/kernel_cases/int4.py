@@ -1,4 +1,5 @@
-"""INT4 linear layers from decoding one token to a short prompt, at an expert's width of V3 and at 4096 x 4096."""
+"""INT4 linear layers from decoding one token to a short prompt, at an expert's width of V3 and at 4096 x 4096; and the
+routed experts of a layer."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.kernel_cases import Case
+from benchmarks.kernel_cases.int8 import grouped_inputs
 from deepseek_v3.kernels.int4 import int4_linear, pack_int4_for_cpu, quantize_int4, triton_impl
 
 
@@ -55,4 +57,21 @@ def cases(device: torch.device, small: bool = False) -> Iterator[Case]:
             bytes=packed.nbytes + scale.nbytes + weight.nbytes,
             target=">= 85 % of the copy bandwidth",
             kernels=("dequantize_int4",),
+        )
+    experts, inputs, outputs, chosen = (4, 64, 32, 2) if small else (64, 7168, 4096, 8)  # V3: a quarter of its experts
+    weight = torch.randn(experts, outputs, inputs, device=device, dtype=torch.bfloat16) * inputs**-0.5
+    packed, scale = quantize_int4(weight, 32 if small else 128)
+    for tokens in (3,) if small else (1, 16, 64, 1024, 8192):
+        x, offsets, used = grouped_inputs(tokens, chosen, experts, inputs, device)
+        yield Case(
+            "int4_grouped_linear",
+            f"{tokens} tokens, {chosen} of {experts} experts, {inputs} -> {outputs} bf16",
+            {
+                "ours": lambda x=x, o=offsets: triton_impl.int4_grouped_linear_forward(x, packed, scale, o),
+                "torch": lambda x=x, o=offsets: torch._grouped_mm(x, weight.mT, offs=o[1:]),
+            },
+            flops=2 * len(x) * inputs * outputs if tokens > 64 else 0,
+            bytes=used * (packed[0].nbytes + scale[0].nbytes) + x.nbytes + len(x) * outputs * 2,
+            target=">= 70 % of the copy bandwidth" if tokens <= 16 else "no slower than bf16",
+            kernels=("int4_grouped_linear",),
         )

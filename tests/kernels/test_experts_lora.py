@@ -6,6 +6,8 @@ from torch import nn
 
 from deepseek_v3.kernels.experts import lora
 from deepseek_v3.kernels.experts.lora import grouped_lora_experts
+from deepseek_v3.kernels.int4 import dequantize_int4, int4_grouped_linear, quantize_int4
+from deepseek_v3.kernels.int8 import dequantize_int8, int8_grouped_linear, int8_linear, quantize_int8
 from tests.kernels.checks import DTYPES, TOLERANCE, assert_close, compare, run
 from tests.kernels.test_experts import choices, exact_experts, inputs
 
@@ -35,6 +37,37 @@ class Quantized:
 
     def __getitem__(self, expert: int) -> torch.Tensor:
         return 2 * self._half[expert]
+
+
+class WithProduct(Quantized):
+    """One that rows are multiplied with as it is; reading it in any other way is counted, or fails for one expert."""
+
+    products = 0
+
+    def grouped_linear(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        assert offsets.dtype == torch.int32 and not torch.is_grad_enabled()
+        self.products += 1
+        y = x.new_zeros(len(x), self.shape[1])
+        for expert, (first, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+            y[first:end] = x[first:end] @ (2 * self._half[expert]).T
+        return y
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        raise AssertionError("one expert was dequantized")
+
+
+class Packed:
+    """A base weight in INT4 or INT8, as exported models have it."""
+
+    def __init__(self, weight: torch.Tensor, bits: int) -> None:
+        self.shape, self.device, self.bits = weight.shape, weight.device, bits
+        self.parts = quantize_int4(weight, 32) if bits == 4 else quantize_int8(weight)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        return (dequantize_int4 if self.bits == 4 else dequantize_int8)(*self.parts, dtype)
+
+    def grouped_linear(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return (int4_grouped_linear if self.bits == 4 else int8_grouped_linear)(x, *self.parts, offsets)
 
 
 class QuantizedParameter(nn.Parameter):
@@ -177,6 +210,57 @@ def test_a_quantized_base_weight(make, grouped) -> None:
         assert torch.equal(a, b)
     if make is Quantized:
         assert [weight.calls for weight in quantized] == [3 if grouped else 2, 2]  # one more to compute anew
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_base_weight_with_a_product(shape, dtype, grouped) -> None:
+    indices, gate_up, down, leaves = case(shape, dtype)
+    quantized = WithProduct(gate_up), WithProduct(down)
+    exact = ops(indices, gate_up, down)[1]
+    compare(ops(indices, *quantized)[0], exact, *leaves, tolerance=2 * TOLERANCE[dtype])
+    # gate and up anew in backward, where they are not kept
+    assert [weight.products for weight in quantized] == [2 if grouped and dtype in DTYPES else 1, 1]
+    assert [weight.calls for weight in quantized] == [1, 1]  # for the gradients
+    with torch.no_grad():
+        found = ops(indices, *quantized)[0](*leaves)
+        assert_close(found, exact(*(t.double() for t in leaves)), "without gradients", 2 * TOLERANCE[dtype])
+        x, weights, *factors = leaves
+        found = grouped_lora_experts(x, indices, weights, *quantized, None, None)
+        wide = (x.double(), indices, weights.double(), gate_up.double(), down.double())
+        expected = exact_experts(*wide)
+        assert_close(found, expected, "without adapters", 2 * TOLERANCE[dtype])
+    assert [weight.calls for weight in quantized] == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["several tokens", "choices of other ranks", "no choice of ours", "one token"])
+def test_int4_base_weights(shape, dtype, device, triton_kernels) -> None:
+    indices, gate_up, down, leaves = case(shape, dtype, device)
+    packed = Packed(gate_up, 4), Packed(down, 4)
+    op = ops(indices, *packed)[0]
+    exact = ops(indices, *(weight.dequantize(torch.float64) for weight in packed))[1]
+    compare(op, exact, *leaves, tolerance=2 * TOLERANCE[dtype])
+    with torch.no_grad():
+        assert_close(op(*leaves), exact(*(t.double() for t in leaves)), "without gradients", 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", ["several tokens", "choices of other ranks", "no choice of ours", "one token"])
+def test_int8_base_weights(shape, device, triton_kernels) -> None:
+    """Token by token, with the layer's own product and in its dtype."""
+    indices, gate_up, down, (x, weights, *_) = case(shape, torch.bfloat16, device)
+    packed = Packed(gate_up, 8), Packed(down, 8)
+    (codes1, scale1), (codes2, scale2) = (weight.parts for weight in packed)
+    expected = torch.zeros(x.shape, dtype=torch.float64, device=device)
+    for token in range(len(x)):
+        for weight, expert in zip(weights[token].double(), indices[token].tolist(), strict=True):
+            if expert < len(gate_up):
+                gate, up = int8_linear(x[token], codes1[expert], scale1[expert]).chunk(2)
+                expected[token] += weight * int8_linear(nn.functional.silu(gate) * up, codes2[expert], scale2[expert])
+    with torch.no_grad():
+        found = grouped_lora_experts(x, indices, weights, *packed, None, None)
+    # A last bit of the activation (other roundings, weighted or not) can move a code by one of 127, in all terms.
+    assert_close(found, expected, "output", 0.01)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -7,7 +7,7 @@ Shape legend: N tokens, E experts, K chosen per token, H hidden, I expert's inte
 choices laid out by expert (see `torch_impl`).
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +42,25 @@ class QuantizedWeight(Protocol):
         """One expert's matrix `[out, in]`, in any floating-point dtype."""
 
 
+class MultipliedWeight(QuantizedWeight, Protocol):
+    """One that is multiplied as it is stored: forward does not dequantize it."""
+
+    def grouped_linear(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """`x [M, in]` sorted by expert -> `[M, out]` in x's dtype, called without autograd. Expert e has the rows from
+        `offsets[e]` to `offsets[e+1]` (int32 `[E+1]`); rows from `offsets[E]` on become zeros."""
+
+
 def is_quantized(weight: object) -> bool:
     """Whether a weight brings its own `dequantize`; torch gives every tensor a method of that name."""
     return getattr(type(weight), "dequantize", torch.Tensor.dequantize) is not torch.Tensor.dequantize
+
+
+def _is_multiplied(weight: object) -> TypeGuard[MultipliedWeight]:
+    return is_quantized(weight) and hasattr(weight, "grouped_linear")
+
+
+def _is_dequantized(weight: object) -> bool:
+    return is_quantized(weight) and not _is_multiplied(weight)
 
 
 def grouped_lora_experts(
@@ -67,7 +83,8 @@ def grouped_lora_experts(
 
     Differentiable in `hidden`, `weights` and the factors. Backward keeps `hidden`, `weights`, the order of the
     choices, the factors and the dropout masks, and on a CPU the gate and up projections; everything else is computed
-    anew. A quantized base weight is dequantized for each product and kept for none, one of the two at a time.
+    anew. A quantized base weight is dequantized for each product and kept for none, one of the two at a time; one with
+    a `grouped_linear` is dequantized for backward only.
 
     Products are `torch.nn.functional.grouped_mm`. CPUs, fp64 and rows that are no multiple of 16 bytes take one
     product per expert, which on a CPU is what `grouped_mm` does too, but adds the adapter's share in place. The path
@@ -78,7 +95,8 @@ def grouped_lora_experts(
     _check_weight("down", down, lora_down, hidden)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; allowed: 0 <= dropout < 1")
-    if not torch.is_grad_enabled() and is_quantized(gate_up) and is_quantized(down) and not is_one_token(hidden):
+    one_token = is_one_token(hidden) and not dropout
+    if not torch.is_grad_enabled() and not one_token and _is_dequantized(gate_up) and _is_dequantized(down):
         used, indices = indices.unique(return_inverse=True)  # in decoding only a few experts are; E sorts last
         used = used[used < gate_up.shape[0]]
         gate_up, down = _Chosen(gate_up, used), _Chosen(down, used)
@@ -87,7 +105,7 @@ def grouped_lora_experts(
         )
         if not len(used):
             return torch.zeros_like(hidden)
-    if is_one_token(hidden) and not dropout:
+    if one_token:
         return _one_token(hidden, indices, weights, gate_up, down, lora_gate_up, lora_down)
     grouped = _takes_grouped_mm(hidden.device, hidden.dtype, *down.shape[1:])
     factors = [
@@ -128,18 +146,28 @@ def _check_weight(name: str, weight: Any, factors: Factors, hidden: torch.Tensor
 
 
 def _one_token(hidden, indices, weights, gate_up, down, lora_gate_up, lora_down) -> torch.Tensor:
-    """As `torch_impl.one_token`."""
+    """As `torch_impl.one_token`: a row for each chosen expert, sorted by expert."""
+    experts, order = indices[0].sort()
+    offsets = torch.searchsorted(experts, torch.arange(gate_up.shape[0] + 1), out_int32=True)
+    chosen = experts[: int(offsets[-1])].tolist()
+    if not chosen:
+        return torch.zeros_like(hidden)
 
-    def product(weight, factors: Factors, expert: int, x: torch.Tensor) -> torch.Tensor:
-        y = torch.mv(weight[expert].to(x.dtype), x)
-        return y if factors is None else y.add_(torch.mv(factors[1][expert], torch.mv(factors[0][expert], x)))
+    def product(weight, factors: Factors, rows: torch.Tensor) -> torch.Tensor:
+        if _is_multiplied(weight):
+            output = weight.grouped_linear(rows, offsets)
+        else:
+            matrices = (weight[expert].to(rows.dtype) for expert in chosen)
+            output = torch.stack([torch.mv(matrix, row) for matrix, row in zip(matrices, rows, strict=True)])
+        if factors is not None:
+            for expert, row, output_ in zip(chosen, rows, output, strict=True):
+                output_.addmv_(factors[1][expert], torch.mv(factors[0][expert], row))
+        return output
 
-    output = torch.zeros(hidden.shape[1], dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for expert, weight in zip(indices[0].tolist(), weights[0].tolist(), strict=True):
-        if expert < gate_up.shape[0]:
-            gate, up = product(gate_up, lora_gate_up, expert, hidden[0]).chunk(2)
-            output.add_(product(down, lora_down, expert, F.silu(gate) * up), alpha=weight)
-    return output.to(hidden.dtype).unsqueeze(0)
+    gate, up = product(gate_up, lora_gate_up, hidden.expand(len(chosen), -1)).chunk(2, dim=1)
+    output = product(down, lora_down, F.silu(gate) * up).to(torch.promote_types(hidden.dtype, torch.float32))
+    output.mul_(weights[0][order[: len(chosen)], None])
+    return output.sum(0, keepdim=True).to(hidden.dtype)
 
 
 def _prepared(factor: torch.Tensor | None, is_b: int, dropout: float, grouped: bool) -> torch.Tensor | None:
@@ -164,7 +192,7 @@ class _Experts(torch.autograd.Function):
         if not _keeps_projections(hidden.device):
             projected = None
         row_mask = _mask(activated, dropout) if down_a is not None else None
-        output = _product(activated, _dense(down, hidden.dtype).mT, ends)
+        output = _base_product(activated, down, ends)
         if down_a is not None:
             inner = _product(_masked_(activated, row_mask), down_a.mT, ends)
             _product(inner, down_b.mT, ends, add_to=output)
@@ -224,12 +252,19 @@ class _Experts(torch.autograd.Function):
 def _project(hidden, token_mask, a, b, gate_up, token_of, ends) -> torch.Tensor:
     """Gate and up of every row, `[R, 2I]`."""
     rows = gather(hidden, token_of)
-    projected = _product(rows, _dense(gate_up, hidden.dtype).mT, ends)
+    projected = _base_product(rows, gate_up, ends)
     if a is not None:
         if token_mask is not None:
             rows = _gather_masked(hidden, token_mask, token_of)
         _product(_product(rows, a.mT, ends), b.mT, ends, add_to=projected)
     return projected
+
+
+def _base_product(rows: torch.Tensor, weight: "torch.Tensor | QuantizedWeight", ends: torch.Tensor) -> torch.Tensor:
+    """Every row `[R, in]` times its expert's `[E, out, in]` -> `[R, out]`, zero past the last expert's rows."""
+    if _is_multiplied(weight):
+        return weight.grouped_linear(rows, F.pad(ends, (1, 0)))
+    return _product(rows, _dense(weight, rows.dtype).mT, ends)
 
 
 def _dense(weight: "torch.Tensor | QuantizedWeight", dtype: torch.dtype) -> torch.Tensor:

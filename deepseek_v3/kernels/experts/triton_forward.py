@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..configs import bucket, kernel_config
+from .torch_impl import clear_tail
 from .triton_permutation import Tiles, expert_tiles
 
 
@@ -209,6 +210,14 @@ def grouped_product(rows: torch.Tensor, weight: torch.Tensor, tiles: Tiles, k_fi
             **config,
         )
     return out
+
+
+def grouped_rows_product(
+    rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, k_first: bool = False
+) -> torch.Tensor:
+    """`grouped_product` of rows that are sorted by expert as `offsets [E+1]` says, zeros past the last expert's."""
+    tiles = tiles_for(rows, rows, offsets)
+    return clear_tail(grouped_product(rows.contiguous(), weight, tiles, k_first), offsets[1:])
 
 
 def combine(

@@ -10,6 +10,7 @@ from .triton_forward import combine as combine
 from .triton_forward import experts_forward as experts_forward
 from .triton_forward import gate_up_rows as gate_up_rows
 from .triton_forward import grouped_product as grouped_product
+from .triton_forward import grouped_rows_product as grouped_rows_product
 from .triton_permutation import Tiles as Tiles
 from .triton_permutation import _count_kernel as _count_kernel
 from .triton_permutation import _place_kernel as _place_kernel

@@ -7,7 +7,7 @@ products along K are summed by the tensor cores, scaled, and added in fp32: the 
 import torch
 
 from ..dispatch import uses_triton
-from ..fp8_quant import check_offsets
+from ..grouped import check_offsets
 from . import reference
 
 E4M3 = torch.float8_e4m3fn

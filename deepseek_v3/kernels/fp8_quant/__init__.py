@@ -9,6 +9,7 @@ NaN becomes NaN and leaves its tile's other values alone; Inf makes its whole ti
 import torch
 
 from ..dispatch import uses_triton
+from ..grouped import check_offsets
 from . import reference
 
 E4M3 = torch.float8_e4m3fn
@@ -71,11 +72,6 @@ def dequantize_weight_fp8(
 
 def _describe(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def check_offsets(offsets: torch.Tensor) -> None:
-    if offsets.dtype != torch.int32 or offsets.ndim != 1 or offsets.shape[0] < 2:
-        raise ValueError(f"offsets is {_describe(offsets)}; allowed: int32 [E+1]")
 
 
 def _check_activation(x: torch.Tensor, offsets: torch.Tensor | None = None) -> None:

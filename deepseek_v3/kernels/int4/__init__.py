@@ -3,6 +3,7 @@
 import torch
 
 from ..dispatch import uses_triton
+from ..grouped import check_offsets
 from . import reference
 from .reference import CpuPacked
 
@@ -41,12 +42,15 @@ def dequantize_int4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtyp
 def pack_int4_for_cpu(packed: torch.Tensor, scale: torch.Tensor) -> CpuPacked:
     """The weight once more (4 bits), in the layout of torch's INT4 kernel for CPUs: made once, when a model is loaded.
 
-    With it `int4_linear` of a few bf16 rows takes less time than a bf16 layer's; other rows need `packed` as before.
-    The scale is rounded to bf16.
+    `packed [out, in / 8]`, or `[E, out, in / 8]` for the experts of `int4_grouped_linear`. With it the product of a
+    few bf16 rows takes less time than a bf16 layer's; other rows need `packed` as before. Scales are rounded to bf16.
     """
     _check(packed, scale)
-    if packed.is_cuda or packed.dim() != 2:
-        raise ValueError(f"packed is {list(packed.shape)} on {packed.device}; it has to be [out, in / 8] on a CPU")
+    if packed.is_cuda or packed.dim() > 3:
+        raise ValueError(
+            f"packed is {list(packed.shape)} on {packed.device}; it has to be [out, in / 8] or [E, out, in / 8] on a "
+            "CPU"
+        )
     return reference.pack_int4_for_cpu(packed, scale)
 
 
@@ -70,6 +74,31 @@ def int4_linear(
         return reference.int4_linear(x, packed, scale, cpu_packed)
     y = torch.ops.deepseek_v3.int4_linear(x.reshape(-1, x.shape[-1]), packed, scale)
     return y.view(*x.shape[:-1], packed.shape[0])
+
+
+def int4_grouped_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    offsets: torch.Tensor,
+    cpu_packed: CpuPacked | None = None,
+) -> torch.Tensor:
+    """`int4_linear` with one weight per expert: `x [M, K]` sorted by expert, `packed [E, N, K / 8]`,
+    `scale [E, N, K / group]` -> `[M, N]`.
+
+    Expert e has the rows from `offsets[e]` to `offsets[e+1]`, int32 `[E+1]` on x's device, which a GPU is not waited
+    for; rows from `offsets[E]` on become zeros. Experts without rows are not read. On a GPU the 4-bit weights are
+    multiplied however many rows there are, and dequantized for the gradient only.
+    """
+    _check(packed, scale)
+    if x.dim() != 2 or packed.dim() != 3 or x.shape[1] != packed.shape[2] * 8:
+        raise ValueError(
+            f"x is {list(x.shape)} and packed {list(packed.shape)}; they have to be [M, K] and [E, N, K / 8]"
+        )
+    check_offsets(offsets, packed.shape[0])
+    if not uses_triton(x):
+        return reference.int4_grouped_linear(x, packed, scale, offsets, cpu_packed)
+    return torch.ops.deepseek_v3.int4_grouped_linear(x, packed, scale, offsets)
 
 
 def _check(packed: torch.Tensor, scale: torch.Tensor) -> None:
@@ -117,3 +146,38 @@ def _autograd(ctx, grad):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@torch.library.custom_op("deepseek_v3::int4_grouped_linear", mutates_args=())
+def _grouped_forward(
+    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    from .triton_impl import int4_grouped_linear_forward
+
+    return int4_grouped_linear_forward(x, packed, scale, offsets)
+
+
+@_grouped_forward.register_fake
+def _(x, packed, scale, offsets):
+    return x.new_empty(x.shape[0], packed.shape[1])
+
+
+@torch.library.custom_op("deepseek_v3::int4_grouped_linear_backward", mutates_args=())
+def _grouped_backward(
+    grad: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, offsets: torch.Tensor
+) -> torch.Tensor:
+    from .triton_impl import int4_grouped_linear_backward
+
+    return int4_grouped_linear_backward(grad, packed, scale, offsets)
+
+
+@_grouped_backward.register_fake
+def _(grad, packed, scale, offsets):
+    return grad.new_empty(grad.shape[0], packed.shape[2] * 8)
+
+
+def _grouped_autograd(ctx, grad):
+    return torch.ops.deepseek_v3.int4_grouped_linear_backward(grad, *ctx.saved_tensors), None, None, None
+
+
+_grouped_forward.register_autograd(_grouped_autograd, setup_context=_setup_context)

@@ -6,15 +6,19 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..grouped import expert_rows
+
 CHUNK_ELEMENTS = 2**20  # of the weight, dequantized at once: 2 MiB in bf16 stay in a CPU's cache
-CPU_KERNEL_ROWS = 64  # above it, dequantizing once is cheaper than torch's INT4 kernel, whose time is linear in rows
+CPU_KERNEL_ROWS = 48  # above it, dequantizing once is cheaper than torch's INT4 kernel, whose time is linear in rows
+PAIRS = torch.tensor([[(byte & 15) - 8, (byte >> 4) - 8] for byte in range(256)], dtype=torch.int8, device="cpu")
+WIDE = {2: torch.int32, 4: torch.int64, 8: torch.complex128}  # bytes of a type -> one of twice as many
 
 
 class CpuPacked(NamedTuple):
-    """One weight in the layout of torch's INT4 kernel, which depends on the CPU: made on load, never saved."""
+    """Weights in the layout of torch's INT4 kernel, which depends on the CPU: made on load, never saved."""
 
-    weight: torch.Tensor  # [out rounded up to 16, in / 2] uint8
-    scale_and_zero: torch.Tensor  # [in / group, out rounded up to 16, 2] bf16
+    weight: torch.Tensor  # [..., out rounded up to 16, in / 2] uint8
+    scale_and_zero: torch.Tensor  # [..., in / group, out rounded up to 16, 2] bf16
 
 
 def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,13 +31,17 @@ def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, 
 
 
 def dequantize_int4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    pairs = packed.contiguous().view(torch.uint8)  # the k-th byte of a row holds its values 2k (low half) and 2k + 1
-    values = torch.stack((pairs & 15, pairs >> 4), dim=-1).to(dtype).sub_(8)  # exact in every dtype
+    """The k-th byte of a row holds its values 2k (low half) and 2k + 1: both are looked up as one element."""
+    pairs = PAIRS.to(packed.device, dtype).view(WIDE[dtype.itemsize]).flatten()
+    values = pairs.index_select(0, packed.contiguous().view(torch.uint8).flatten().to(torch.int32)).view(dtype)
     values = values.view(*scale.shape, packed.shape[-1] * 8 // scale.shape[-1]).mul_(scale[..., None])
-    return values.view(*packed.shape[:-1], -1)
+    return values.view(*packed.shape[:-1], packed.shape[-1] * 8)
 
 
 def pack_int4_for_cpu(packed: torch.Tensor, scale: torch.Tensor) -> CpuPacked:
+    if packed.dim() > 2:
+        experts = [pack_int4_for_cpu(*expert) for expert in zip(packed, scale, strict=True)]
+        return CpuPacked(*(torch.stack(parts) for parts in zip(*experts, strict=True)))
     padding = (0, 0, 0, -packed.shape[0] % 16)
     packed, scale = F.pad(packed, padding), F.pad(scale.to(torch.bfloat16), padding)
     nibbles = (packed[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
@@ -51,34 +59,67 @@ def _dequantized(
         yield chunk, dequantize_int4(packed[chunk], scale[chunk], dtype)
 
 
+def _product(
+    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, cpu_packed: CpuPacked | None, out: torch.Tensor
+) -> None:
+    """`out [rows, out] = x W^T`, with `W` in parts, or in 4 bits as it is."""
+    if cpu_packed is not None and x.dtype == torch.bfloat16 and x.shape[0] <= CPU_KERNEL_ROWS:
+        group_size = packed.shape[1] * 8 // scale.shape[1]
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), cpu_packed[0], group_size, cpu_packed[1])
+        out.copy_(y[:, : packed.shape[0]])
+        return
+    for chunk, weight in _dequantized(packed, scale, x.dtype):
+        torch.mm(x, weight.t(), out=out[:, chunk])
+
+
+def _input_gradient(grad: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`grad W`, with the parts' shares added in fp32."""
+    total = grad.new_zeros(grad.shape[0], packed.shape[1] * 8, dtype=torch.promote_types(grad.dtype, torch.float32))
+    for chunk, weight in _dequantized(packed, scale, grad.dtype):
+        total += torch.mm(grad[:, chunk], weight)
+    return total
+
+
 class _Int4Linear(torch.autograd.Function):
-    """Dequantizes again in backward, so that the whole weight never exists."""
+    """Dequantizes again in backward, so that the whole weight never exists. With `offsets`, only the experts that have
+    rows are dequantized."""
 
     @staticmethod
-    def forward(ctx, x, packed, scale, cpu_packed):
-        ctx.save_for_backward(packed, scale)
-        if cpu_packed is not None and x.dtype == torch.bfloat16 and x.shape[0] <= CPU_KERNEL_ROWS:
-            group_size = packed.shape[1] * 8 // scale.shape[1]
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), cpu_packed[0], group_size, cpu_packed[1])
-            return y[:, : packed.shape[0]]
-        y = x.new_empty(x.shape[0], packed.shape[0])
-        for chunk, weight in _dequantized(packed, scale, x.dtype):
-            torch.mm(x, weight.t(), out=y[:, chunk])
+    def forward(ctx, x, packed, scale, offsets, cpu_packed):
+        ctx.save_for_backward(packed, scale, offsets)
+        if offsets is None:
+            y = x.new_empty(x.shape[0], packed.shape[0])
+            _product(x, packed, scale, cpu_packed, y)
+            return y
+        y = x.new_zeros(x.shape[0], packed.shape[1])
+        for expert, rows in expert_rows(offsets):
+            own = None if cpu_packed is None else CpuPacked(*(part[expert] for part in cpu_packed))
+            _product(x[rows], packed[expert], scale[expert], own, y[rows])
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        packed, scale = ctx.saved_tensors
-        total = grad.new_zeros(
-            grad.shape[0], packed.shape[1] * 8, dtype=torch.promote_types(grad.dtype, torch.float32)
-        )
-        for chunk, weight in _dequantized(packed, scale, grad.dtype):
-            total += torch.mm(grad[:, chunk], weight)
-        return total.to(grad.dtype), None, None, None
+        packed, scale, offsets = ctx.saved_tensors
+        if offsets is None:
+            return _input_gradient(grad, packed, scale).to(grad.dtype), None, None, None, None
+        total = grad.new_zeros(grad.shape[0], packed.shape[2] * 8)
+        for expert, rows in expert_rows(offsets):
+            total[rows] = _input_gradient(grad[rows], packed[expert], scale[expert]).to(grad.dtype)
+        return total, None, None, None, None
 
 
 def int4_linear(
     x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, cpu_packed: CpuPacked | None = None
 ) -> torch.Tensor:
-    y = _Int4Linear.apply(x.reshape(-1, x.shape[-1]), packed, scale, cpu_packed)
+    y = _Int4Linear.apply(x.reshape(-1, x.shape[-1]), packed, scale, None, cpu_packed)
     return y.reshape(*x.shape[:-1], packed.shape[0])
+
+
+def int4_grouped_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    offsets: torch.Tensor,
+    cpu_packed: CpuPacked | None = None,
+) -> torch.Tensor:
+    return _Int4Linear.apply(x, packed, scale, offsets, cpu_packed)
