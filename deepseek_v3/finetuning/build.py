@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..configuration import DeepseekV3Config
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from ..modeling_deepseek_v3.weight_files import scan_folder
-from ..quantization import nf4_config
+from ..quantization import nf4_config, packed_config
+from ..tokenization import check_vocab
 from .lora import apply_lora
 from .recipe import FinetuneRecipe
 from .tasks import TaskData
@@ -27,7 +28,7 @@ SHORT = 256
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with a padding token: EOS where it has none. ValueError naming `base` if it has none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"base {base}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token_id is None:
@@ -43,11 +44,14 @@ def build_model(
     The routing bias never moves in fine-tuning: only pretraining's optimizer hook updates it.
     """
     config = DeepseekV3Config.from_pretrained(recipe.base)
+    check_vocab(tokenizer, config.vocab_size)
     options: dict[str, Any] = {"dtype": {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}[recipe.dtype]}
     if device.type == "cpu" and recipe.max_length <= SHORT:
         options["attn_implementation"] = "eager"
     if recipe.quantize == "nf4":
         options |= {"quantization_config": nf4_config(), "device_map": {"": device}}
+    elif recipe.method == "full" and getattr(config, "quantization_config", None) is not None:
+        options["quantization_config"] = packed_config(dequantize=True)  # packed weights do not train
     cls: type[DeepseekV3ForCausalLM] | type[DeepseekV3ForSequenceClassification] = DeepseekV3ForCausalLM
     if task.kind == "classification":
         assert task.labels is not None

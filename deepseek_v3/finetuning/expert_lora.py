@@ -40,30 +40,31 @@ def _wrapper(target: nn.Module, adapter_name: str, parameter_name: str | None = 
     return None if cls is None else cls(target, adapter_name, parameter_name=parameter_name, **kwargs)
 
 
-def quantized_experts(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """(experts, name, weight) of each weight that experts hold as a module, quantized, instead of a parameter."""
+def quantized_weights(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """(module, name, weight) of each weight that a linear layer or experts hold as a module, quantized, instead of a
+    parameter."""
     return [
         (module, name, weight)
         for module in model.modules()
         for name, weight in module._modules.items()
-        if name in EXPERT_WEIGHTS and is_quantized(weight) and is_fused_swiglu(module)
+        if is_quantized(weight) and hasattr(weight, "shape")  # no layer, which has a `dequantize` of its weight too
     ]
 
 
 @contextmanager
-def quantized_experts_as_parameters(model: nn.Module) -> Iterator[None]:
-    """While PEFT looks for parameters to wrap: one without memory in the place of each experts' quantized weight."""
-    replaced = quantized_experts(model)
-    for experts, name, weight in replaced:
-        del experts._modules[name]
+def quantized_weights_as_parameters(model: nn.Module) -> Iterator[None]:
+    """While PEFT looks for parameters to wrap: one without memory in the place of each quantized weight."""
+    replaced = quantized_weights(model)
+    for module, name, weight in replaced:
+        del module._modules[name]
         empty = torch.empty(1, dtype=weight.dtype, device=weight.device).expand(weight.shape)
-        experts.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
     try:
         yield
     finally:
-        for experts, name, weight in replaced:
-            del experts._parameters[name]
-            experts._modules[name] = weight
+        for module, name, weight in replaced:
+            del module._parameters[name]
+            module._modules[name] = weight
 
 
 class _Wrapper(ParamWrapper):

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration import DeepseekV3Config
-from .expert_lora import quantized_experts, quantized_experts_as_parameters, register_wrappers
+from .expert_lora import quantized_weights, quantized_weights_as_parameters, register_wrappers
 
 _SWIGLU = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 # Target set -> names within a decoder layer: modules for the attention, parameters for the others.
@@ -106,7 +106,7 @@ def lora_config(
 ) -> LoraConfig:
     """PEFT's configuration of an adapter for these targets, for `get_peft_model` and `add_adapter`.
 
-    A base with quantized experts needs `apply_lora` or `load_adapter`: PEFT alone does not find them.
+    A base with quantized weights needs `apply_lora` or `load_adapter`: PEFT alone does not find them.
     Dropout is no part of it: PEFT refuses files that name one for a parameter. It belongs to the training, see
     `set_dropout`.
 
@@ -222,7 +222,7 @@ def load_adapter(
 
 @contextmanager
 def _injecting(model: nn.Module) -> Iterator[None]:
-    with quantized_experts_as_parameters(model), warnings.catch_warnings():
+    with quantized_weights_as_parameters(model), warnings.catch_warnings():
         # PEFT looks for them among the names of modules only, and warns of all that stand for parameters.
         warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         yield
@@ -326,7 +326,7 @@ def report_trainable(model: nn.Module) -> dict[str, Any]:
 def _base_weights(model: nn.Module, adapter: Collection[nn.Parameter]) -> Iterator[tuple[int, int, bool]]:
     """(elements, bytes, whether quantized) of each weight of the base."""
     parts: set[nn.Parameter] = set()
-    for _, _, weight in quantized_experts(model):
+    for _, _, weight in quantized_weights(model):
         parts.update(weight.parameters())
         yield weight.shape.numel(), sum(part.nbytes for part in weight.parameters()), True
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Merging an adapter that was trained on an NF4 base, into the weights that it was trained on."""
+"""Merging an adapter that was trained on a quantized base, into the weights that it was trained on."""
 
 import tempfile
 from pathlib import Path
@@ -12,14 +12,14 @@ from .lora import load_adapter
 
 
 def merge_quantized(model: PeftModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """-> the base model with plain weights `NF4 value + scaling * B A`, all in `dtype` (by default the base's).
+    """-> the base model with plain weights `quantized value + scaling * B A`, all in `dtype` (by default the base's).
 
-    Works in place: `model` is used up. PEFT's own merge would round the result to NF4 again, and refuses the experts.
-    As PEFT merges: NF4 values and the experts' updates are rounded to `dtype` before they are added. Needs memory for
-    the whole model in `dtype`.
+    Works in place: `model` is used up. PEFT's own merge would round the result to NF4 again, and refuses the experts
+    and packed weights. As PEFT merges: these values and the experts' updates are rounded to `dtype` before they are
+    added. Needs memory for the whole model in `dtype`.
 
     Raises:
-        ValueError: a base that is not in NF4, or other than one active adapter.
+        ValueError: a base that is not quantized, or other than one active adapter.
     """
     if len(model.active_adapters) != 1:
         raise ValueError(f"active adapters: found {model.active_adapters}, allowed is one")

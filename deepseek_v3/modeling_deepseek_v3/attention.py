@@ -25,7 +25,7 @@ from ..kernels.mla_attention import mla_attention
 from ..kernels.mla_decode import mla_decode
 from ..kernels.rope import rotate_queries_and_key_
 from .continuous_batching import PagedAttentionCache, update_paged_cache
-from .layers import DeepseekV3Linear, DeepseekV3RMSNorm
+from .layers import DeepseekV3Linear, DeepseekV3RMSNorm, plain_weight
 from .rope import softmax_scale
 
 
@@ -225,11 +225,9 @@ class DeepseekV3Attention(nn.Module):
             usable_mask = length == 1
         else:
             usable_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4
-        # Absorption reads the weight itself: an adapter, a quantized or offloaded layer has to be called instead.
-        plain = type(self.kv_b_proj) is nn.Linear and self.kv_b_proj.weight.dtype == latent.dtype
-        plain = plain and not (self.kv_b_proj._forward_pre_hooks or self.kv_b_proj._forward_hooks)
-        plain = plain and not hasattr(self.kv_b_proj, "_hf_hook")
-        return usable_mask and plain and self._absorbed_flops(length, total) < self._expanded_flops(length, total)
+        if not usable_mask or self._absorbed_flops(length, total) >= self._expanded_flops(length, total):
+            return False
+        return plain_weight(self.kv_b_proj, latent.dtype) is not None
 
     def _expanded_flops(self, length: int, total: int) -> int:
         """Multiply-adds per head of the expanded form: expand the whole cache, then attend."""
@@ -266,7 +264,9 @@ class DeepseekV3Attention(nn.Module):
         """As `_expanded`, without ever making a key or a value."""
         batch, length, heads, _ = queries.shape
         query_nope, query_rope = queries.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        weight = self.kv_b_proj.weight.view(heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
+        weight = plain_weight(self.kv_b_proj, latent.dtype)
+        assert weight is not None  # `_absorbs` has asked
+        weight = weight.view(heads, self.qk_nope_head_dim + self.v_head_dim, self.kv_lora_rank)
         up_key, up_value = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)  # [H, n, c], [H, v, c]
         query_latent = torch.matmul(query_nope.transpose(1, 2), up_key).transpose(1, 2)
         context = mla_decode(

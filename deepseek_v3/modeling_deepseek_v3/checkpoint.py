@@ -1,28 +1,30 @@
 """Official checkpoint names and shapes, and loading and saving that keeps to them.
 
 On disk every expert is three tensors (`mlp.experts.7.gate_proj.weight` ...); in memory the experts of a layer are two.
-transformers' conversion mapping does that both ways. This module makes loading strict, reads FP8-block checkpoints on
-any device, and writes the MTP modules with the copies of embedding and head that official checkpoints have.
+transformers' conversion mapping does that both ways. This module makes loading strict, hands quantized checkpoints to
+`quantization`, and writes the MTP modules with the copies of embedding and head that official checkpoints have.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+import copy
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.modeling_utils import PreTrainedModel
 
 from ..configuration import DeepseekV3Config
-from ..kernels.fp8_quant.reference import spread_scales
 from .weight_files import TensorEntry, scan_folder
 
+if TYPE_CHECKING:
+    from ..hub import PushResult
+
 FP8_SUFFIX = "_scale_inv"
+FLOATING = ("BF16", "F16", "F32", "F64")  # what a tensor that is not quantized can be, as safetensors names it
 # arguments of `from_pretrained` that override the configuration; the labels' number is no field of it
 _CONFIG_ARGUMENTS = {*DeepseekV3Config.__dataclass_fields__, *DeepseekV3Config.attribute_map, "num_labels"}
 _HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
@@ -98,6 +100,15 @@ def tensor_shapes(config: DeepseekV3Config, mtp: bool) -> dict[str, tuple[int, .
     return shapes
 
 
+def linear_shapes(config: DeepseekV3Config, mtp: bool) -> dict[str, tuple[int, int]]:
+    """Official name, without ".weight", -> `(out, in)` of every linear layer; heads and routers are none."""
+    return {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in tensor_shapes(config, mtp).items()
+        if len(shape) == 2 and name != "model.embed_tokens.weight" and not name.endswith(".mlp.gate.weight")
+    }
+
+
 def mtp_copies(config: DeepseekV3Config) -> dict[str, str]:
     """Names under which official checkpoints repeat the embedding and the head in each MTP layer -> the original."""
     copies: dict[str, str] = {}
@@ -118,19 +129,27 @@ def _shorten(names: list[str]) -> str:
 
 
 def check_tensors(
-    entries: Mapping[str, TensorEntry], config: DeepseekV3Config, where: str, *, lm_head: bool, mtp: bool
+    entries: Mapping[str, TensorEntry],
+    config: DeepseekV3Config,
+    where: str,
+    *,
+    lm_head: bool,
+    mtp: bool,
+    quantized: Mapping[str, Mapping[str, tuple[tuple[str, ...], tuple[int, ...] | None]]] | None = None,
 ) -> None:
     """Compare a checkpoint's headers with what `config` needs.
 
     `lm_head`, `mtp`: whether the model to load has them; a checkpoint may hold more heads than the model uses.
+    `quantized`: linear layer -> suffix -> types and shape (None: any) of the tensors that lie there instead of its
+    ".weight".
 
     Raises:
-        ValueError: counts and names missing and unexpected tensors, and those of another shape.
+        ValueError: counts and names missing and unexpected tensors, and those of another type or shape.
     """
     # a bare DeepseekV3Model is saved without the "model." prefix
     bare = "embed_tokens.weight" in entries
     found = {f"model.{name}" if bare else name: entry for name, entry in entries.items()}
-    expected = tensor_shapes(config, mtp)
+    expected: dict[str, tuple[int, ...] | None] = {**tensor_shapes(config, mtp)}
     for prefix in {name.split(".experts.")[0] for name in expected if ".experts." in name}:
         if f"{prefix}.experts.gate_up_proj" in found:  # saved with save_original_format=False
             expected = {name: shape for name, shape in expected.items() if not name.startswith(f"{prefix}.experts.")}
@@ -140,19 +159,27 @@ def check_tensors(
     head = {"lm_head.weight": (config.vocab_size, config.hidden_size)}
     if lm_head and not config.tie_word_embeddings:
         expected |= head
+    types: dict[str, tuple[str, ...]] = {}
+    for layer, parts in (quantized or {}).items():
+        expected.pop(f"{layer}.weight", None)
+        for suffix, (allowed, shape) in parts.items():
+            types[f"{layer}{suffix}"], expected[f"{layer}{suffix}"] = allowed, shape
     known = {**expected, **head, "score.weight": None, "score.bias": None, **dict.fromkeys(mtp_copies(config))}
 
     missing = [name for name in expected if name not in found]
-    unexpected, wrong = [], []
+    unexpected, wrong, mistyped = [], [], []
     for name, entry in found.items():
-        if name.endswith(FP8_SUFFIX) and name.removesuffix(FP8_SUFFIX) in expected:
-            continue  # checked where it is read
         if name not in known:
             if mtp or _layer_of(name) < config.num_hidden_layers:
                 unexpected.append(name)
-        elif name in expected and entry.shape != expected[name]:
-            needed = list(expected[name])
-            wrong.append(f"{name} is {list(entry.shape)} in {entry.file.name}, the configuration needs {needed}")
+            continue
+        shape, dtypes = expected.get(name), types.get(name, FLOATING)
+        if shape is not None and entry.shape != shape:
+            needed = f"the configuration needs {list(shape)}"
+            wrong.append(f"{name} is {list(entry.shape)} in {entry.file.name}, {needed}")
+        elif name in expected and entry.dtype not in dtypes:
+            needed = f"the configuration needs {' or '.join(dtypes)}"
+            mistyped.append(f"{name} is {entry.dtype} in {entry.file.name}, {needed}")
 
     problems = []
     if missing:
@@ -163,68 +190,10 @@ def check_tensors(
         problems.append(f"{len(unexpected)} unexpected: {_shorten(unexpected)}")
     if wrong:
         problems.append(f"{len(wrong)} of another shape: {_shorten(wrong)}")
+    if mistyped:
+        problems.append(f"{len(mistyped)} of another type: {_shorten(mistyped)}")
     if problems:
         raise ValueError(f"{where}: the tensors do not fit the configuration: {'; '.join(problems)}")
-
-
-class FP8BlockTensor:
-    """A lazily dequantized E4M3 weight with one fp32 scale per block (`weight * weight_scale_inv`); reads like a
-    safetensors slice. Edge blocks may be smaller than the block size."""
-
-    def __init__(
-        self,
-        entry: TensorEntry,
-        name: str,
-        scale: TensorEntry,
-        block: tuple[int, int],
-        opened: Callable[[Path], Any],
-    ) -> None:
-        self._entry, self._name, self._scale, self._block, self._opened = entry, name, scale, block, opened
-        grid = tuple(-(-size // step) for size, step in zip(entry.shape, block, strict=True))
-        if scale.shape != grid:
-            raise ValueError(
-                f"{scale.file}: {name}{FP8_SUFFIX} is {list(scale.shape)}, a weight of {list(entry.shape)} in blocks "
-                f"of {list(block)} needs {list(grid)}"
-            )
-
-    def get_shape(self) -> list[int]:
-        return list(self._entry.shape)
-
-    def get_dtype(self) -> str:
-        return "BF16"
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        weight = self._opened(self._entry.file).get_tensor(self._name).float()
-        scale = self._opened(self._scale.file).get_tensor(self._name + FP8_SUFFIX).float()
-        return weight.mul_(spread_scales(scale, weight.shape, *self._block)).to(torch.bfloat16)[index]
-
-
-def _fp8_state_dict(entries: Mapping[str, TensorEntry], config: DeepseekV3Config, where: str) -> dict[str, Any]:
-    """Name -> lazily read tensor of an official FP8-block checkpoint."""
-    quantization = config.quantization_config
-    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
-    if not (isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
-        problem = f"quantization_config.weight_block_size is {block!r}, allowed are two positive sizes"
-        raise ValueError(f"{where}: {problem}")
-
-    @cache  # each file is opened once per load, and closed with the last of its tensors
-    def opened(file: Path) -> Any:
-        return safe_open(file, framework="pt")
-
-    def tensors() -> Iterator[tuple[str, Any]]:
-        for name, entry in entries.items():
-            if name.endswith(FP8_SUFFIX):
-                continue
-            scale = entries.get(name + FP8_SUFFIX)
-            if (entry.dtype == "F8_E4M3") != (scale is not None):
-                found = f"{entry.dtype} {'with' if scale else 'without'} {name}{FP8_SUFFIX}"
-                raise ValueError(f"{entry.file}: {name} is {found}")
-            if scale is not None:
-                yield name, FP8BlockTensor(entry, name, scale, (block[0], block[1]), opened)
-            else:
-                yield name, opened(entry.file).get_slice(name)
-
-    return dict(tensors())
 
 
 def own_config(config: PreTrainedConfig) -> DeepseekV3Config:
@@ -251,10 +220,13 @@ class CheckpointMixin(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """Load a checkpoint of official layout (bf16, fp16, fp32 or FP8 blocks, sharded or not).
+        """Load a checkpoint of official layout (bf16, fp16, fp32), sharded or not, or a quantized one.
 
         As `PreTrainedModel.from_pretrained`, except that the files are checked first and that a missing or unexpected
-        tensor is an error. FP8-block checkpoints are dequantized while they are read, on every device.
+        tensor is an error. Quantized checkpoints (DeepSeek's FP8 blocks, compressed-tensors' W4A16 and W8A8,
+        bitsandbytes' NF4 and LLM.int8()) keep their weights packed, but FP8 on a CPU is dequantized; the argument
+        `quantization_config=deepseek_v3.quantization.packed_config(dequantize=...)` decides otherwise. Any other
+        `quantization_config` is applied to the dequantized weights.
 
         Raises:
             ValueError: names the file, the tensor or the field, what was found and what is allowed.
@@ -272,21 +244,38 @@ class CheckpointMixin(PreTrainedModel):
             config_kwargs = {k: v for k, v in kwargs.items() if k in _CONFIG_ARGUMENTS}
             config = DeepseekV3Config.from_pretrained(config_source, **config_kwargs)
         entries = scan_folder(folder, kwargs.get("variant"))
-        quantization = getattr(config, "quantization_config", None) or {}
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        if method in (None, "fp8") and not kwargs.get("ignore_mismatched_sizes"):
-            mtp = cls._has_lm_head and config.num_nextn_predict_layers > 0
+        mtp = cls._has_lm_head and config.num_nextn_predict_layers > 0
+        if getattr(config, "quantization_config", None) is not None:
+            return cls._from_quantized(folder, entries, copy.deepcopy(config), mtp, *model_args, **kwargs)
+        if not kwargs.get("ignore_mismatched_sizes"):
             check_tensors(entries, config, str(folder), lm_head=cls._has_lm_head, mtp=mtp)
-        if method != "fp8":
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **arguments)
-        return cls._from_fp8(folder, entries, config, *model_args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **arguments)
 
     @classmethod
-    def _from_fp8(
-        cls, folder: Path, entries: Mapping[str, TensorEntry], config: DeepseekV3Config, *model_args, **kwargs
+    def _from_quantized(
+        cls,
+        folder: Path,
+        entries: Mapping[str, TensorEntry],
+        config: DeepseekV3Config,
+        mtp: bool,
+        *model_args,
+        quantization_config: Any = None,
+        **kwargs,
     ):
-        state_dict = _fp8_state_dict(entries, config, str(folder / "config.json"))
+        from ..quantization.loading import QuantizedCheckpoint
+
+        checkpoint = QuantizedCheckpoint(entries, config, str(folder / "config.json"), mtp)
+        check_tensors(
+            entries, config, str(folder), lm_head=cls._has_lm_head, mtp=mtp, quantized=checkpoint.stored_tensors()
+        )
         del config.quantization_config
+        if checkpoint.stays_packed(quantization_config, kwargs.get("device_map")):
+            config.quantization_config = checkpoint.packed_config()
+            state_dict = checkpoint.packed_tensors()
+        else:
+            state_dict = checkpoint.dequantized_tensors()
+            if not checkpoint.is_own(quantization_config):
+                kwargs["quantization_config"] = quantization_config  # to quantize anew
         done = {*_HUB_ARGUMENTS, *_CONFIG_ARGUMENTS, "subfolder", "variant", "use_safetensors"} - {"dtype"}
         kwargs = {k: v for k, v in kwargs.items() if k not in done}
         model = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
@@ -297,14 +286,45 @@ class CheckpointMixin(PreTrainedModel):
         return model
 
     def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs):
-        """As `PreTrainedModel.save_pretrained`: official names, per-expert tensors, MTP layers and the fp32 bias."""
-        if self._has_lm_head and not getattr(self, "_hf_peft_config_loaded", False):
-            state_dict = dict(self.state_dict() if state_dict is None else state_dict)
-            for copy, original in mtp_copies(self.config).items():
-                source = state_dict.get(original, state_dict.get("model.embed_tokens.weight"))
-                if isinstance(source, torch.Tensor) and source.device.type != "meta":
-                    state_dict[copy] = source.clone()
+        """As `PreTrainedModel.save_pretrained`: official names, per-expert tensors, MTP layers and the fp32 bias.
+
+        A model with packed weights is written as the files that it was read from, whatever `state_dict` says.
+
+        Raises:
+            ValueError: with `push_to_hub=True`, which would upload without checks.
+        """
+        if kwargs.get("push_to_hub"):
+            raise ValueError("save_pretrained: push_to_hub is True; allowed is a call of push_to_hub(repo_id) instead")
+        if not getattr(self, "_hf_peft_config_loaded", False) and getattr(self, "hf_quantizer", None) is None:
+            state_dict = self.with_mtp_copies(self.state_dict() if state_dict is None else state_dict)
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, card: str | Path | None = None, **options: Any) -> "PushResult":
+        """Publish the model with its card, checked before and compared after the upload: `hub.push_model`.
+
+        Args:
+            card: the model card, a file or its text; None takes that of the folder the model was loaded from.
+            **options: `tokenizer`, `private`, `create_pr`, `revision`, `token`, `base_model` and more.
+
+        Raises:
+            ValueError: there is no card; and see `hub.push`.
+        """
+        from ..hub import push_model
+
+        if card is None:
+            card = Path(self.config.name_or_path) / "README.md"
+            if not card.is_file():
+                raise ValueError("push_to_hub: card is None, and the model was loaded from no folder with a README.md")
+        return push_model(self, repo_id, card=card, **options)
+
+    def with_mtp_copies(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`state_dict` and the copies of embedding and head that official checkpoints keep in their MTP layers."""
+        result = dict(state_dict)
+        for name, original in mtp_copies(self.config).items() if self._has_lm_head else ():
+            source = result.get(original, result.get("model.embed_tokens.weight"))
+            if isinstance(source, torch.Tensor) and source.device.type != "meta":
+                result[name] = source.clone()
+        return result
 
 
 def _local_folder(name_or_path: Any, kwargs: Mapping[str, Any]) -> Path | None:

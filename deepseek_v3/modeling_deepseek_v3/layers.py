@@ -29,6 +29,17 @@ class DeepseekV3Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+def plain_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor | None:
+    """The weight `[out, in]` in `dtype` if `layer` does nothing but multiply by it, or None: an adapter, a hook, an
+    offloaded or distributed layer has to be called instead. A packed layer gives a dequantized copy that it keeps."""
+    if layer._forward_pre_hooks or layer._forward_hooks or hasattr(layer, "_hf_hook"):
+        return None
+    if type(layer) is nn.Linear:
+        return layer.weight if layer.weight.dtype == dtype else None
+    dequantized = getattr(type(layer), "plain_weight", None)
+    return None if dequantized is None else dequantized(layer, dtype)
+
+
 class DeepseekV3RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed in fp32, returned in the input's dtype."""
 

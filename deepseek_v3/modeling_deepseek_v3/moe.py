@@ -89,7 +89,7 @@ def grouped_experts_forward(
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     # Autocast does not reach the op, as it does not reach grouped_mm.
     hidden, weights = hidden_states.to(self.gate_up_proj.dtype), (self.gate_up_proj, self.down_proj)
-    if is_quantized(self.gate_up_proj):
+    if any(map(is_quantized, weights)):
         output = grouped_lora_experts(hidden, top_k_index, top_k_weights, *weights, None, None)
     else:
         output = grouped_swiglu_experts(hidden, top_k_index, top_k_weights, *weights)
@@ -123,7 +123,7 @@ class DeepseekV3Experts(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Also takes the experts one by one, by their official names: `Trainer` loads a checkpoint's files so when it
         resumes, and would leave the experts as they were. A file may hold some of them only."""
-        if not is_quantized(self.gate_up_proj):
+        if not is_quantized(self.gate_up_proj) and not is_quantized(self.down_proj):
             state_dict = self._with_fused(state_dict, prefix, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 

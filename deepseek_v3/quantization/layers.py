@@ -1,7 +1,7 @@
-"""Single layers into NF4 and back, which layers of a model those are, and how much of the model they make up."""
+"""Single layers into NF4, and which layers of a model those are."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import nn
 
 from ..modeling_deepseek_v3.layers import DeepseekV3Linear
 from ..modeling_deepseek_v3.moe import EXPERT_WEIGHTS, DeepseekV3Experts
+from .models import replace_weight_
 from .packed import BLOCK, NF4Weight, decode, decode_scales
 
 HEADS = ("lm_head", "score")  # the output layers of our models; embeddings, norms and router are no linear layers
@@ -115,58 +116,4 @@ def pack_linear_(layer: NF4Linear, weight: torch.Tensor) -> None:
 
 def pack_experts_(experts: DeepseekV3Experts, name: str, weight: torch.Tensor, double_quant: bool) -> None:
     """Put `weight`, quantized, in the place of the experts' parameter `name`."""
-    packed = NF4Weight.quantize(weight, double_quant)
-    delattr(experts, name)  # a module is not assigned over a parameter
-    setattr(experts, name, packed)
-    for each in EXPERT_WEIGHTS:  # in the parameters' order: PEFT's names for adapters of both depend on it
-        if each in experts._modules:
-            experts._modules[each] = experts._modules.pop(each)
-
-
-def plain_linear(layer: NF4Linear, dtype: torch.dtype | None) -> nn.Linear:
-    """The layer that a quantized one was made from, with the values that NF4 holds, by default in its dtype."""
-    with torch.device("meta"):
-        plain = layer.source_cls(layer.in_features, layer.out_features, bias=False)
-    plain.weight = nn.Parameter(layer.dequantize(dtype or layer.compute_dtype))
-    plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.data)
-    return plain.train(layer.training)
-
-
-def unpack_experts_(experts: DeepseekV3Experts, dtype: torch.dtype | None) -> None:
-    """Undo `pack_experts_`, with the values that NF4 holds, by default in the dtype of the original."""
-    for name in EXPERT_WEIGHTS:
-        packed = getattr(experts, name)
-        if isinstance(packed, NF4Weight):
-            delattr(experts, name)
-            setattr(experts, name, nn.Parameter(packed.dequantize(dtype)))
-
-
-def quantized_fraction(model: nn.Module) -> float:
-    """The share of the model's parameters that are held in NF4, 0 to 1; each counts as one, however many bits it has.
-
-    Parameters of an adapter count as the model's.
-    """
-    weights = list(_weights(model))
-    return sum(count for count, _, quantized in weights if quantized) / sum(count for count, _, _ in weights)
-
-
-def bytes_per_parameter(model: nn.Module) -> float:
-    """Bytes of all parameters, scales included, over the number of parameters that the model has unquantized."""
-    weights = list(_weights(model))
-    return sum(size for _, size, _ in weights) / sum(count for count, _, _ in weights)
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[int, int, bool]]:
-    """(elements, bytes, whether in NF4) of each weight."""
-    parts: set[nn.Parameter] = set()
-    for module in model.modules():
-        if isinstance(module, NF4Weight):
-            parts.update(module.parameters())
-            yield module.shape.numel(), sum(part.nbytes for part in module.parameters()), True
-    for weight in model.parameters():
-        if isinstance(weight, Params4bit) and weight.bnb_quantized:
-            state = weight.quant_state
-            scales = [state.absmax] + ([state.state2.absmax, state.state2.code, state.offset] if state.nested else [])
-            yield state.shape.numel(), weight.nbytes + sum(scale.nbytes for scale in scales), True
-        elif weight not in parts:
-            yield weight.numel(), weight.nbytes, False
+    replace_weight_(experts, name, NF4Weight.quantize(weight, double_quant))

@@ -18,19 +18,10 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..modeling_deepseek_v3.moe import DeepseekV3Experts
-from .layers import (
-    EXPERT_WEIGHTS,
-    NF4Linear,
-    check_quantized,
-    pack_experts_,
-    pack_linear_,
-    plain_linear,
-    quantizable,
-    unpack_experts_,
-)
+from .layers import EXPERT_WEIGHTS, NF4Linear, check_quantized, pack_experts_, pack_linear_, quantizable
+from .models import check_experts_implementation, dequantize_
 
 METHOD = "deepseek_v3_nf4"
-EXPERTS_IMPLEMENTATIONS = ("deepseek_v3", "eager")  # those that read a quantized weight
 logger = logging.get_logger(__name__)
 
 
@@ -67,12 +58,6 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
     leaves as they are."""
 
     serialized_names: dict[str, list[str]] = {}
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if self.pre_quantized:
-            found = f"found {METHOD!r} in the model's own configuration, which no checkpoint is stored in"
-            raise ValueError(f"quantization_config: {found}; allowed as an argument of from_pretrained only")
-        super().validate_environment(*args, **kwargs)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
@@ -128,14 +113,6 @@ class _Quantize(ConversionOps):
         return {}
 
 
-def check_experts_implementation(model: PreTrainedModel) -> None:
-    """ValueError for an experts implementation that wants the weights as a tensor."""
-    implementation = model.config._experts_implementation
-    if implementation not in EXPERTS_IMPLEMENTATIONS:
-        allowed = " and ".join(map(repr, EXPERTS_IMPLEMENTATIONS))
-        raise ValueError(f"experts_implementation: found {implementation!r}, allowed with NF4 are {allowed}")
-
-
 @torch.no_grad()
 def quantize_nf4_(model: PreTrainedModel, *, double_quant: bool = True, skip: Iterable[str] = ()) -> PreTrainedModel:
     """Quantize a model in memory, in place: the model, bit for bit, that `from_pretrained` makes of its checkpoint.
@@ -159,27 +136,3 @@ def quantize_nf4_(model: PreTrainedModel, *, double_quant: bool = True, skip: It
     model.is_quantized, model.quantization_method = True, METHOD
     quantizer.postprocess_model(model)
     return model
-
-
-@torch.no_grad()
-def dequantize_(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Back to plain parameters, in place, each with the value that NF4 holds for it.
-
-    `dtype` is that of the whole model afterwards, by default the one it has. Raises ValueError for a model that is not
-    in NF4, or has an adapter in it (see `finetuning.quantized_merge`).
-    """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if not isinstance(quantizer, NF4Quantizer):
-        raise ValueError(f"model: found a {type(model).__name__} that is not in NF4, allowed is one that is")
-    modules = dict(model.named_modules())
-    for name in modules:
-        if name.endswith(".base_layer"):
-            raise ValueError(f"model: found an adapter around {name.removesuffix('.base_layer')}, merge it instead")
-    for name, module in modules.items():
-        if isinstance(module, NF4Linear):
-            model.set_submodule(name, plain_linear(module, dtype))
-        elif isinstance(module, DeepseekV3Experts):
-            unpack_experts_(module, dtype)
-    quantizer.remove_quantization_config(model)
-    model.is_loaded_in_4bit = False
-    return model if dtype is None else model.to(dtype)
