@@ -1,17 +1,21 @@
-"""What a run asks of its process: a lock on its folder, signals that stop it between steps, memory, plain lines."""
+"""What a run asks of its process: a lock on its folder, signals that stop it between steps, memory, plain lines, and
+what it ran on and with."""
 
 import ctypes
 import fcntl
 import os
 import platform
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import transformers
 from tqdm import tqdm
 
 
@@ -78,3 +82,47 @@ def say(message: str) -> None:
         return
     tqdm.write(message, file=sys.stdout)
     sys.stdout.flush()
+
+
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """For a run's record: versions, hardware, and the commit of this package's sources.
+
+    `git` is the commit's hash, with "+changes" if tracked files of the package differ from it; None for a package
+    that was installed without its repository.
+    """
+    device = torch.device(device)
+    return {
+        "package": sys.modules[__package__].__version__,
+        "git": _commit(Path(__file__).parent),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": str(device),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit(folder: Path) -> str | None:
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
+        except FileNotFoundError:
+            return None  # no git here
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # a package installed inside somebody else's repository is not tracked there
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    return f"{git('rev-parse', 'HEAD')}{'+changes' if git('status', '--porcelain', '-uno', '.') else ''}"
+
+
+def _processor() -> str:
+    """The processor's name and the number of its cores that this process may use."""
+    names = [line.split(":")[1].strip() for line in _read(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{names[0] if names else platform.machine()}, {cores} cores"
+
+
+def _read(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []

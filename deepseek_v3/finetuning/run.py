@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import resource
 import shutil
 import sys
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-import transformers
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
@@ -25,7 +23,7 @@ from transformers.utils import logging
 from ..configuration import DeepseekV3Config
 from ..data import PackedDataset, heldout_bits_per_byte, load_corpus, pack_documents, tokenize_documents
 from ..modeling_deepseek_v3.moe import EXPERT_WEIGHTS
-from ..process import keep_freed_memory, locked, say, stop_signals
+from ..process import environment, keep_freed_memory, locked, say, stop_signals
 from .baselines import classification_baselines
 from .batches import encode_classification, pack, pad_classification, stack
 from .build import as_language_model, build_model, load_tokenizer, unwrapped
@@ -93,6 +91,7 @@ def _run(recipe: FinetuneRecipe, output: Path, restart: bool) -> dict[str, Any]:
         say(f"  {note}")
     general = _general_text(recipe, tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    made_with = {**environment(device), "peft": peft.__version__}  # now: sources may change while this runs
     model = build_model(recipe, task, tokenizer, device)
     trained = report_trainable(model)
     say(trainable_table(trained))
@@ -140,6 +139,7 @@ def _run(recipe: FinetuneRecipe, output: Path, restart: bool) -> dict[str, Any]:
         "epochs": trainer.state.epoch,
         "learning_rate": recipe.peak_learning_rate(),
         "batch_size": recipe.rows_per_step(),
+        "train_tokens": sum(len(row["input_ids"]) for row in trainer.train_dataset),
         "train_seconds": round(clock.seconds, 1),
         "history": [row for row in trainer.state.log_history if "train_runtime" not in row],
         "trainable": trained,
@@ -148,14 +148,7 @@ def _run(recipe: FinetuneRecipe, output: Path, restart: bool) -> dict[str, Any]:
         "general_bits_per_byte": forgetting,
         "experts": movement,
         "peak_memory_bytes": _peak_memory(device),
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-        },
+        "environment": made_with,
         "date": time.strftime("%Y-%m-%d"),
     }
     record["artifacts"] = _save(recipe, output, model, tokenizer)

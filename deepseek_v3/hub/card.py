@@ -1,108 +1,194 @@
-"""Model cards, written from a run's own record: a missing figure is an error, never a placeholder."""
+"""What the cards share: front matter, tables, a recipe without local paths, and writing nothing that is not valid."""
 
+import dataclasses
 import json
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
-TEMPLATE = Path(__file__).with_name("pretraining_card.md")
-CONFIG_FIELDS = (
-    *("num_hidden_layers", "first_k_dense_replace", "hidden_size", "num_attention_heads", "kv_lora_rank"),
-    *("qk_rope_head_dim", "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size"),
-    *("num_nextn_predict_layers", "vocab_size"),
-)
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ..configuration import DeepseekV3Config, num_parameters
+from .metadata import read_card
+from .secrets import check_no_secrets
+
+CARD = "README.md"
+RECORD = "run.json"
+# The line in a card's code that names the folder which holds the card; `push` puts the repository's name there.
+HERE = 'repository = "."'
+# of recipes and of what records say of data
+PATH_FIELDS = ("base", "task", "data", "heldout", "tokenizer", "general_text", "name", "source")
+CITATION = """```bibtex
+@misc{deepseekai2024deepseekv3,
+  title = {{DeepSeek-V3} Technical Report},
+  author = {{DeepSeek-AI}},
+  year = {2024},
+  eprint = {2412.19437},
+  archivePrefix = {arXiv},
+  primaryClass = {cs.CL}
+}
+```"""
 
 
-def _table(rows: Mapping[str, object]) -> str:
-    return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-
-
-def write_pretraining_card(folder: str | Path, record: Mapping[str, Any], weights_licence: str = "apache-2.0") -> Path:
-    """Write `folder/README.md` for the checkpoint there from the record that `training.pretrain` returned.
+def render(template: str, where: Path, data: ModelCardData, fields: Mapping[str, str]) -> str:
+    """The card: front matter from `data`, text from the template of that name beside this file.
 
     Raises:
-        ValueError: the record lacks a field that the card states (named), or `config.json` cannot be read.
+        ValueError: the card would not be valid, or holds a secret or a path of a home folder.
     """
-    folder = Path(folder)
-    config = _read_config(folder / "config.json")
-    try:
-        fields = _fields(folder, config, record)
-    except KeyError as error:
-        raise ValueError(f"model card of {folder}: the run's record has no field {error}") from None
-    card = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(fields, weights_licence=weights_licence)
-    path = folder / "README.md"
+    text = Template(Path(__file__).with_name(template).read_text(encoding="utf-8")).substitute(fields)
+    text = re.sub(r"\n{3,}", "\n\n", text)  # where a part was empty
+    card = f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{text}"
+    read_card(card, str(where))
+    check_no_secrets({str(where): card.encode()})
+    return card
+
+
+def write_with_record(folder: Path, card: str, record: Mapping[str, Any]) -> Path:
+    """Write the card, and beside it the run's record without local paths; both are published."""
+    path = folder / CARD
     path.write_text(card, encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(without_paths(record), indent=2) + "\n", encoding="utf-8")
     return path
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def table(rows: Mapping[str, object]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def grid(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of several columns."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def better_baselines(metric: str, own: float, baselines: Mapping[str, float], higher: bool) -> str:
+    """A sentence that says which baselines did better."""
+    better = [name for name, value in baselines.items() if (value > own if higher else value < own)]
+    if not baselines:
+        return "No baseline was measured."
+    return f"Baselines with better {metric} than this model: {', '.join(better) or 'none'}."
+
+
+def is_repository(name: str) -> bool:
+    """Whether `name` reads as a Hub repository and is nothing on this disk."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        missing = [name for name in CONFIG_FIELDS if name not in config]
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-    if missing:
-        raise ValueError(f"{path}: has no field {', '.join(missing)}")
-    return config
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not Path(name).exists()
 
 
-def _fields(folder: Path, config: dict[str, Any], record: Mapping[str, Any]) -> dict[str, str]:
-    recipe, corpus, environment = record["recipe"], record["corpus"], record["environment"]
-    parameters, load, mtp = record["parameters"], record["load"], record["mtp"]
-    architecture = {
-        "layers": f"{config['num_hidden_layers']}, the first {config['first_k_dense_replace']} dense",
-        "hidden size": config["hidden_size"],
-        "attention": f"MLA, {config['num_attention_heads']} heads, latent {config['kv_lora_rank']}, "
-        f"rope {config['qk_rope_head_dim']}",
-        "experts": f"{config['n_routed_experts']} routed (top {config['num_experts_per_tok']}) + "
-        f"{config['n_shared_experts']} shared, each {config['moe_intermediate_size']} wide",
-        "MTP layers": f"{config['num_nextn_predict_layers']} ({parameters['mtp']:,} parameters)",
-        "vocabulary": config["vocab_size"],
-        "parameters": f"{parameters['total']:,} total, {parameters['activated']:,} per token",
-    }
-    training = {
-        "tokens": f"{record['tokens']:,} in {record['steps']:,} steps of {recipe['batch_size']} x "
-        f"{recipe['sequence_length']}",
-        "compute": f"{record['train_flops']:.3g} FLOPs, {record['train_seconds']} s on {environment['device']} with "
-        f"{environment['threads']} threads",
-        "optimizer": f"AdamW ({recipe['beta1']}, {recipe['beta2']}), weight decay {recipe['weight_decay']}, peak "
-        f"learning rate {recipe['learning_rate']}, cosine",
-        "precision": record["dtype"],
-        "seed": recipe["seed"],
-        "versions": f"Python {environment['python']}, torch {environment['torch']}, "
-        f"transformers {environment['transformers']}",
-        "date": record["date"],
-    }
-    evaluation = {"**this model**": f"**{record['heldout_bits_per_byte']:.3f}**"}
-    names = {"gzip": "gzip -9", "5-gram": "5-gram (Kneser-Ney, same tokens)", "dense": "dense model of equal compute"}
-    for key, value in record["baselines_bits_per_byte"].items():
-        evaluation[names.get(key, key)] = f"{value:.3f}"
-    mtp_text = "The model has no MTP layer."
-    if mtp:
-        mtp_text = (
-            f"MTP, greedy, one draft per step on held-out prompts: {mtp['acceptance']:.1%} of {mtp['drafts']:,} "
-            f"drafts accepted, {mtp['tokens_per_forward']:.2f} tokens per forward pass."
-        )
-    licence = corpus["licence"] or "as the source states"
+def public_name(value: str) -> str:
+    """A local path's last part; anything else as it is."""
+    path = re.fullmatch(r"\s*([~.]?[/\\].*|[A-Za-z]:[/\\].*|[^\s:]+[/\\][^\s]*)\s*", value)
+    if not path or is_repository(value):
+        return value
+    return re.split(r"[/\\]", value.strip().rstrip("/\\"))[-1]
+
+
+def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` with `public_name` in the fields that may hold a path, and without `output_dir`."""
+    found: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found[name] = without_paths(value)
+        elif name in PATH_FIELDS and isinstance(value, str):
+            found[name] = " | ".join(map(public_name, value.split(" | ")))  # training and held-out text
+        elif name != "output_dir":
+            found[name] = value
+    return found
+
+
+def recipe_block(recipe: Mapping[str, Any]) -> str:
+    return f"```yaml\n{yaml.safe_dump(without_paths(recipe), sort_keys=False, width=110)}```"
+
+
+def software(environment: Mapping[str, Any], libraries: Sequence[str] = ("torch", "transformers")) -> dict[str, str]:
+    """Rows for a table of how something was made."""
+    commit = environment["git"]
+    source = f"commit `{commit}`" if commit else "without its repository"
+    versions = ", ".join(f"{library} {environment[library]}" for library in libraries)
     return {
-        "title": f"DeepSeek-V3 architecture, {parameters['total'] / 1e6:.1f}M, {corpus['name']}",
-        "total": f"{parameters['total'] / 1e6:.1f}M",
-        "activated": f"{parameters['activated'] / 1e6:.1f}M",
-        "folder": str(folder),
-        "use_mtp": str(bool(mtp)),
-        "architecture": _table(architecture),
-        "data": f"{corpus['name']}: {corpus['train_documents']:,} documents, {corpus['train_bytes']:,} bytes for "
-        f"training and {corpus['heldout_documents']:,} documents, {corpus['heldout_bytes']:,} bytes held out, split "
-        f"by a hash of the document names. SHA-256 of the text: `{corpus['sha256']}`. Licence: {licence}.",
-        "training": _table(training),
-        "sequence_length": str(recipe["sequence_length"]),
-        "context": str(recipe["sequence_length"] // 2),
-        "evaluation": _table(evaluation),
-        "mtp": mtp_text,
-        "maxvio_peak": "n/a" if load["max_violation_peak"] is None else f"{load['max_violation_peak']:.2f}",
-        "maxvio_last": "n/a" if load["max_violation_last"] is None else f"{load['max_violation_last']:.2f}",
-        "dead": "n/a" if load["dead_experts_last"] is None else f"{load['dead_experts_last']:.1%}",
-        "corpus_name": corpus["name"],
-        "licence": licence,
+        "hardware": f"{environment['hardware']}; device {environment['device']}, {environment['threads']} threads",
+        "software": f"deepseek-v3 {environment['package']}, {source}; Python {environment['python']}, {versions}",
     }
+
+
+def architecture(config: DeepseekV3Config, parameters: Mapping[str, int] | None = None) -> dict[str, object]:
+    """Rows for a table of the model's shape; `parameters` (`total`, `activated`, `mtp`) as recorded, or counted."""
+    count = dataclasses.asdict(num_parameters(config)) if parameters is None else parameters
+    return {
+        "layers": f"{config.num_hidden_layers}, the first {config.first_k_dense_replace} dense",
+        "hidden size": config.hidden_size,
+        "attention": f"MLA, {config.num_attention_heads} heads, latent {config.kv_lora_rank}, "
+        f"rope {config.qk_rope_head_dim}",
+        "experts": f"{config.n_routed_experts} routed (top {config.num_experts_per_tok}) + "
+        f"{config.n_shared_experts} shared, each {config.moe_intermediate_size} wide",
+        "MTP layers": f"{config.num_nextn_predict_layers} ({count['mtp']:,} parameters)",
+        "vocabulary": config.vocab_size,
+        "parameters": f"{count['total']:,} total, {count['activated']:,} per token",
+    }
+
+
+def read_config(folder: str | Path) -> DeepseekV3Config:
+    """ValueError names what cannot be read."""
+    try:
+        return DeepseekV3Config.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(f"{folder}: config.json cannot be read ({str(error).splitlines()[0]})") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One figure for `model-index`.
+
+    Attributes:
+        metric, name: its identifier and its name.
+        figure: `value`, and where they are known the interval `low`, `high` (95 %) and the number of items, `n`.
+    """
+
+    metric: str
+    name: str
+    figure: Mapping[str, Any]
+
+
+def results(task: str, dataset: str, split: str, digest: str, measured: Iterable[Measured]) -> list[EvalResult]:
+    """Entries of `model-index`; n and interval stand in a metric's name, for which its format has no field."""
+    found = []
+    for one in measured:
+        value = one.figure["value"]
+        if value is None:
+            continue
+        notes = [one.name]
+        if one.figure.get("low") is not None:
+            notes.append(f"95 % interval {one.figure['low']:.4g} to {one.figure['high']:.4g}")
+        if one.figure.get("n") is not None:
+            notes.append(f"n = {one.figure['n']}")
+        found.append(
+            EvalResult(
+                task_type=task,
+                dataset_type=re.sub(r"[^a-z0-9._-]+", "-", dataset.lower()).strip("-"),
+                dataset_name=dataset,
+                dataset_split=split,
+                dataset_revision=digest,
+                metric_type=one.metric,
+                metric_value=round(value, 6),
+                metric_name=", ".join(notes),
+            )
+        )
+    return found
+
+
+def copy_figure(path: Path, folder: Path) -> str:
+    """Copy an image beside the card, and return its name. ValueError if the run did not leave it."""
+    if not path.is_file():
+        raise ValueError(f"{path}: not found; the card of {folder} shows it")
+    if path.parent.resolve() != folder.resolve():
+        shutil.copyfile(path, folder / path.name)
+    return path.name

@@ -2,10 +2,30 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from string import Template
 from typing import Any
 
-TEMPLATE = Path(__file__).with_name("finetuning_card.md")
+from huggingface_hub import ModelCardData
+
+from .card import (
+    CARD,
+    CITATION,
+    HERE,
+    Measured,
+    architecture,
+    better_baselines,
+    grid,
+    is_repository,
+    read_config,
+    recipe_block,
+    render,
+    results,
+    software,
+    table,
+    without_paths,
+    write_with_record,
+)
+from .metadata import read_card
+
 FIGURES = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
@@ -29,20 +49,43 @@ MEDICAL = ("pubmedqa", "medquad", "chinese-medical-dialogue")
 FINANCIAL = ("financial-phrasebank", "financeiq")
 
 
-def write_finetuning_cards(output: str | Path, record: Mapping[str, Any]) -> list[Path]:
-    """Write `README.md` into each of `output`'s `adapter/`, `merged/` and `model/` that the record names.
+def write_finetuning_cards(
+    output: str | Path,
+    record: Mapping[str, Any],
+    *,
+    base_model: str | None = None,
+    weights_licence: str | None = None,
+) -> list[Path]:
+    """Write `README.md` and `run.json` into those of `output`'s `adapter/`, `merged/`, `model/` that the record names.
 
-    `record` is what `finetuning.finetune` returned. Raises `ValueError` naming a field that it lacks.
+    Args:
+        record: what `finetuning.finetune` returned.
+        base_model: the base's repository on the Hub; None takes the recipe's base if that is one. Without it the
+            front matter names no base, and `push` asks for it where one is needed.
+        weights_licence: None takes the one that the base's own card states, if the base is a folder with a card.
+            Without it the front matter states none, and `push` asks for it.
+
+    Raises:
+        ValueError: the record lacks a field that the card states (named), or the base's configuration cannot be read.
     """
-    template = Template(TEMPLATE.read_text(encoding="utf-8"))
+    output = Path(output)
     try:
-        folders = [Path(output) / name for name in record["artifacts"]]
-        cards = {folder / "README.md": template.substitute(_fields(folder, record)) for folder in folders}
+        base = record["recipe"]["base"]
+        base_model = base_model or (base if is_repository(base) else None)
+        weights_licence = weights_licence or _licence_of(Path(base))
+        public = without_paths(record)
+        shape = table(architecture(read_config(base)))
+        cards = {}
+        for name in record["artifacts"]:
+            front = _front_matter(name, public, base_model, weights_licence)
+            fields = _fields(name, public, base_model) | {
+                "architecture": shape,
+                "licence": _licence(weights_licence, base_model, public),
+            }
+            cards[output / name] = render("finetuning_card.md", output / name, front, fields)
     except KeyError as error:
         raise ValueError(f"model cards of {output}: the run's record has no field {error}") from None
-    for path, card in cards.items():
-        path.write_text(card, encoding="utf-8")
-    return list(cards)
+    return [write_with_record(folder, card, public) for folder, card in cards.items()]
 
 
 def figure_text(figure: Mapping[str, Any] | None) -> str:
@@ -54,10 +97,34 @@ def figure_text(figure: Mapping[str, Any] | None) -> str:
     return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
-def _fields(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
+def _front_matter(
+    artifact: str, record: Mapping[str, Any], base_model: str | None, weights_licence: str | None
+) -> ModelCardData:
+    recipe, task, test = record["recipe"], record["task"], record["test"]
+    adapter, classifies = artifact == "adapter", task["kind"] == "classification"
+    n = f"{test['n']} rows" + (f" in {test['n_groups']} groups" if "n_groups" in test else "")
+    measured = [Measured(key, name, {**test[key], "n": n}) for key, name in FIGURES.items() if test.get(key)]
+    pipeline = "text-classification" if classifies else "text-generation"
+    data = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag=pipeline,
+        license=weights_licence,
+        base_model=base_model,
+        tags=["deepseek_v3", "mixture-of-experts", "lora" if recipe["method"] == "lora" else "fine-tuned"],
+        model_name=_title(artifact, task),
+        eval_results=results(pipeline, task["name"], "test", task["sha256"], measured) or None,
+    )
+    if base_model is not None:
+        data["base_model_relation"] = "adapter" if adapter else "finetune"
+    return data
+
+
+def _title(artifact: str, task: Mapping[str, Any]) -> str:
+    return f"{task['name']}: {'adapter' if artifact == 'adapter' else 'model'}"
+
+
+def _fields(artifact: str, record: Mapping[str, Any], base_model: str | None) -> dict[str, str]:
     recipe, task, trainable = record["recipe"], record["task"], record["trainable"]
-    classifies = task["kind"] == "classification"
-    adapter = folder.name == "adapter"
     how = {"lora": "LoRA", "full": "Full fine-tuning", "head": "A head on the frozen base"}[recipe["method"]]
     how = "QLoRA (NF4 base)" if recipe["quantize"] == "nf4" else how
     how += "" if recipe["unfreezing"] is None else " with progressive unfreezing"
@@ -65,62 +132,97 @@ def _fields(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
         "method": how,
         "trained": f"{trainable['trainable']:,} of {trainable['parameters']:,} parameters ({trainable['share']:.2%})",
         **({"targets": ", ".join(recipe["targets"]), "rank": recipe["rank"]} if recipe["method"] == "lora" else {}),
-        "steps": f"{record['steps']:,} ({record['epochs']:.2f} epochs of {task['rows']['train']:,} rows)",
+        "steps": f"{record['steps']:,} ({record['epochs']:.2f} epochs of {task['rows']['train']:,} rows, "
+        f"{record['train_tokens']:,} tokens)",
         "learning rate": f"{record['learning_rate']:g}, {record['batch_size']:,} rows per step",
         "seed": recipe["seed"],
-        "time": f"{record['train_seconds']:,.0f} s on {record['environment']['device']}",
+        "time": f"{record['train_seconds']:,.0f} s",
         "peak memory": f"{record['peak_memory_bytes'] / 2**20:,.0f} MiB",
-        "size": f"{record['artifacts'][folder.name]['bytes'] / 1e6:,.1f} MB",
-        "software": f"torch {record['environment']['torch']}, transformers {record['environment']['transformers']}, "
-        f"PEFT {record['environment']['peft']}",
+        "size": f"{record['artifacts'][artifact]['bytes'] / 1e6:,.1f} MB",
+        **software(record["environment"], ("torch", "transformers", "peft")),
+        "date": record["date"],
     }
-    licence = task["licence"] or "as the source states"
     return {
-        "library": "peft" if adapter else "transformers",
-        "base": recipe["base"],
-        "relation": "adapter" if adapter else "finetune",
-        "pipeline": "text-classification" if classifies else "text-generation",
-        "tags": "- lora" if recipe["method"] == "lora" else "- fine-tuned",
-        "title": f"{task['name']}: {'adapter' if adapter else 'model'}",
+        "title": _title(artifact, task),
         "what": f"{how} for the {task['kind']} task `{task['name']}`",
-        "usage": _usage(folder, recipe, task["labels"], adapter),
+        "base": base_model or recipe["base"],
+        "usage": _usage(task["labels"], artifact == "adapter"),
         "data": f"{task['source']}. {task['rows']['train']:,} rows for training, {task['rows']['validation']:,} for "
-        f"validation, {task['rows']['test']:,} for the test. Licence: {licence}. SHA-256: `{task['sha256']}`.",
-        "notes": "\n".join(f"- {note}" for note in task["notes"]),
-        "training": "\n".join(f"| {name} | {value} |" for name, value in training.items()),
+        f"validation, {task['rows']['test']:,} for the test. Licence: {_data_licence(task)}. SHA-256: "
+        f"`{task['sha256']}`.",
+        "notes": "\n".join(f"- {note}" for note in [*task["notes"], *_classes(task["labels"])]),
+        "training": table(training),
+        "recipe": recipe_block(recipe),
         "rows": f"{record['test']['n']:,}",
         "seed": str(recipe["seed"]),
         "unit": "groups" if "n_groups" in record["test"] else "rows",
         "results": _results(record),
+        "better": _better(record),
         "threshold": _threshold(record["test"]),
         "forgetting": _forgetting(record["general_bits_per_byte"]),
         "movement": _movement(record["experts"]),
         "risks": _risks(task["name"]),
+        "citation": CITATION,
     }
 
 
-def _usage(folder: Path, recipe: Mapping[str, Any], labels: Any, adapter: bool) -> str:
+def _licence_of(base: Path) -> str | None:
+    card = base / CARD
+    return read_card(card.read_text(encoding="utf-8"), str(card)).data.get("license") if card.is_file() else None
+
+
+def _data_licence(task: Mapping[str, Any]) -> str:
+    return task["licence"] or "as the source states"
+
+
+def _licence(weights_licence: str | None, base_model: str | None, record: Mapping[str, Any]) -> str:
+    weights = weights_licence or f"as those of `{base_model or record['recipe']['base']}`, which it was made from"
+    return f"Weights: {weights}. Data: {_data_licence(record['task'])}."
+
+
+def _classes(labels: Any) -> list[str]:
+    return [f"classes, in the order of the logits: {'; '.join(labels)}"] if labels else []
+
+
+def _usage(labels: Any, adapter: bool) -> str:
     auto = "AutoModelForSequenceClassification" if labels else "AutoModelForCausalLM"
-    lines = ["import deepseek_v3", f"from transformers import AutoTokenizer, {auto}", ""]
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{folder}")']
+    lines = ["import deepseek_v3", f"from transformers import AutoTokenizer, {auto}", "", HERE]
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(repository)"]
     if adapter:
-        lines[1:1] = ["from peft import PeftModel"]
+        lines[1:1] = ["from peft import PeftConfig, PeftModel"]
         count = f", num_labels={len(labels)}" if labels else ""
-        lines += [f'model = {auto}.from_pretrained("{recipe["base"]}"{count})']
+        lines += ["base = PeftConfig.from_pretrained(repository).base_model_name_or_path"]
+        lines += [f"model = {auto}.from_pretrained(base{count})"]
         lines += ["model.config.pad_token_id = tokenizer.pad_token_id"] if labels else []
-        lines += [f'model = PeftModel.from_pretrained(model, "{folder}")']
+        lines += ["model = PeftModel.from_pretrained(model, repository)"]
     else:
-        lines += [f'model = {auto}.from_pretrained("{folder}")']
+        lines += [f"model = {auto}.from_pretrained(repository)"]
+    lines += ['inputs = tokenizer("an example", return_tensors="pt", return_token_type_ids=False)']
+    lines += [
+        "print(model(**inputs).logits.softmax(-1))"
+        if labels
+        else "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"
+    ]
     return "\n".join(lines)
 
 
 def _results(record: Mapping[str, Any]) -> str:
     rows = {"this model": record["test"], **record["baselines"]}
     names = [name for name in FIGURES if record["test"].get(name)]
-    lines = ["| | " + " | ".join(FIGURES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
-    for who, results in rows.items():
-        lines.append(f"| {who} | " + " | ".join(figure_text(results.get(name)) for name in names) + " |")
-    return "\n".join(lines)
+    return grid(
+        ["", *(FIGURES[name] for name in names)],
+        [[who, *(figure_text(figures.get(name)) for name in names)] for who, figures in rows.items()],
+    )
+
+
+def _better(record: Mapping[str, Any]) -> str:
+    """Which baselines did better in the first figure that they share with the model."""
+    for name in ("accuracy", "rouge_l"):
+        own = (record["test"].get(name) or {}).get("value")
+        if own is not None:
+            baselines = {who: found[name]["value"] for who, found in record["baselines"].items() if found.get(name)}
+            return better_baselines(FIGURES[name], own, baselines, higher=True)
+    return ""
 
 
 def _threshold(test: Mapping[str, Any]) -> str:

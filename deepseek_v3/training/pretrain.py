@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import platform
 import shutil
 import time
 from contextlib import nullcontext
@@ -11,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import Accelerator
 from transformers.utils import logging
 
 from ..configuration import DeepseekV3Config, num_parameters
 from ..data import Corpus, heldout_bits_per_byte, load_corpus
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
-from ..process import any_rank, keep_freed_memory, locked, say, stop_signals
+from ..process import any_rank, environment, keep_freed_memory, locked, say, stop_signals
 from ..tokenization import check_vocab
 from .balance import routers
 from .checkpoint import load_optimizer_state, newest_state, save_state
@@ -80,6 +78,7 @@ def _run(
 ) -> dict[str, Any]:
     """Train from the state `found`, or from the start, to the end; then everything else of `pretrain`."""
     main = accelerator.is_main_process
+    made_with = environment(accelerator.device)  # now: sources may change while this runs
     dtype = _resolve_dtype(recipe, accelerator.device)
     tokenizer = data.tokenizer
     special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
@@ -150,6 +149,7 @@ def _run(
     if stopping:
         raise InterruptedError(f"stopped at step {done} of {recipe.steps}, saved in {states / f'step-{done}'}")
     results = _evaluate(recipe, output, data, model, monitor) if main else {}
+    results["environment"] = made_with
     if recipe.compare:  # every rank takes part
         dense = _train_dense(recipe, config, data, model.dtype, accelerator)
         if main:
@@ -218,13 +218,6 @@ def _finish(
             "max_violation_peak": max((r["max_violation"] for r in rows if "max_violation" in r), default=None),
             "max_violation_last": rows[-1].get("max_violation"),
             "dead_experts_last": float((counts == 0).double().mean()) if counts.numel() else None,
-        },
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": str(model.device),
-            "threads": torch.get_num_threads(),
         },
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -58,15 +58,20 @@ def test_every_figure_is_the_record_s(runs: dict[str, Run], name: str) -> None:
     found = cards(runs[name])
     assert set(found) == ({"model"} if name == "full" else {"adapter", "merged"})
     for folder, card in found.items():
-        assert "$" not in card and "None" not in card and "nan" not in card
+        assert "$" not in card and "None" not in card and "nan" not in card and str(output.parent) not in card
+        block = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+        assert (block["base"], block["seed"]) == ("base", 0) and "output_dir" not in block
         fields = dict(tables(card, "Training"))
         trainable = record["trainable"]
         share = f"{trainable['trainable']:,} of {trainable['parameters']:,} parameters ({trainable['share']:.2%})"
         assert fields["trained"] == share
-        assert fields["steps"] == f"{record['steps']} ({record['epochs']:.2f} epochs of 16 rows)"
+        tokens = f"{record['train_tokens']:,} tokens"
+        assert fields["steps"] == f"{record['steps']} ({record['epochs']:.2f} epochs of 16 rows, {tokens})"
         rate = "1e-06" if name == "full" else "0.01"
         assert fields["learning rate"] == f"{rate}, 8 rows per step" and fields["seed"] == "0"
-        assert fields["time"] == f"{record['train_seconds']:,.0f} s on cpu"
+        assert fields["time"] == f"{record['train_seconds']:,.0f} s"
+        assert fields["hardware"].startswith(f"{record['environment']['hardware']}; device cpu")
+        assert record["environment"]["git"] in fields["software"]
         assert fields["size"] == f"{record['artifacts'][folder]['bytes'] / 1e6:,.1f} MB"
         assert record["environment"]["torch"] in fields["software"]
         assert record["task"]["sha256"] in card and "16 rows for training, 6 for validation, 8 for the test" in card
@@ -78,6 +83,15 @@ def test_every_figure_is_the_record_s(runs: dict[str, Run], name: str) -> None:
             who: [figure_text(results[key]) for key in shown] for who, results in every.items()
         }
         flat = re.sub(r"\s+", " ", card)
+        main = "rouge_l" if name == "chat" else "accuracy"
+        own = record["test"][main]["value"]
+        better = [who for who, found in record["baselines"].items() if found[main]["value"] > own]
+        if record["baselines"]:
+            assert f"better {FIGURES[main]} than this model: {', '.join(better) or 'none'}." in flat
+        else:
+            assert "No baseline was measured." in flat
+        if labels := record["task"]["labels"]:
+            assert f"- classes, in the order of the logits: {'; '.join(labels)}" in flat
         if name == "full":
             assert "Forgetting was not measured." in flat and "with progressive unfreezing" in fields["method"]
         else:
@@ -129,7 +143,7 @@ def test_a_changed_figure_changes_the_card(run: Run) -> None:
     bits = {("general_bits_per_byte", "before"), ("general_bits_per_byte", "after")}
     rest = {("test", "n"), ("trainable", "trainable"), ("trainable", "parameters"), ("trainable", "share")}
     single = {("steps",), ("epochs",), ("learning_rate",), ("batch_size",), ("train_seconds",), ("peak_memory_bytes",)}
-    assert figures | who | bits | rest | single | {("experts", "share_of_top_tenth")} <= groups
+    assert figures | who | bits | rest | single | {("train_tokens",), ("experts", "share_of_top_tenth")} <= groups
     assert all(("test", key, end) in shown for _, key in figures for end in ("value", "low", "high"))
 
 
@@ -143,6 +157,8 @@ NEEDED = [
     *[("environment", key) for key in ("device", "torch", "transformers", "peft")],
     *[("general_bits_per_byte",), ("general_bits_per_byte", "after"), ("experts", "share_of_top_tenth")],
     *[("test", "n"), ("test", "at_validation_recall", "threshold"), ("artifacts", "merged", "bytes")],
+    *[("environment", key) for key in ("package", "git", "python", "hardware", "threads")],
+    *[("train_tokens",), ("date",)],
 ]
 
 
@@ -163,17 +179,45 @@ def test_front_matter(runs: dict[str, Run], name: str) -> None:
     for folder, card in cards(runs[name]).items():
         data = yaml.safe_load(card.split("---\n")[1])
         assert data == ModelCard.load(output / folder / "README.md").data.to_dict()
-        assert data["base_model"] == record["recipe"]["base"]
         adapter = folder == "adapter"
-        assert data["base_model_relation"] == ("adapter" if adapter else "finetune")
+        assert not {"base_model", "base_model_relation", "license"} & set(data)  # the base lies in a folder
         assert data["library_name"] == ("peft" if adapter else "transformers")
         assert data["pipeline_tag"] == ("text-generation" if name == "chat" else "text-classification")
         assert {"deepseek_v3", "lora" if name != "full" else "fine-tuned"} <= set(data["tags"])
 
 
+def test_a_published_base_and_its_licence(run: Run) -> None:
+    card = Path(run[1]["recipe"]["base"]) / "README.md"
+    card.write_text("---\nlicense: mit\n---\n")
+    (adapter, merged) = (ModelCard.load(path) for path in write_finetuning_cards(*run, base_model="some/base"))
+    card.unlink()
+    assert (adapter.data.base_model, adapter.data.license) == ("some/base", "mit")
+    assert adapter.data.base_model_relation == "adapter" and merged.data.base_model_relation == "finetune"
+    assert "made from `some/base`" in adapter.text.replace("\n", " ") and "Weights: mit." in merged.text
+    run[1]["recipe"]["base"] = "some/where"
+    with pytest.raises(ValueError, match="some/where: config.json cannot be read"):
+        write_finetuning_cards(*run)
+
+
 @pytest.mark.parametrize("name", ["lora", "chat", "full"])
-def test_the_code_in_the_card_runs(runs: dict[str, Run], name: str) -> None:
+def test_the_figures_are_in_the_model_index(runs: dict[str, Run], name: str) -> None:
+    record = runs[name][1]
+    for folder in cards(runs[name]):
+        found = ModelCard.load(runs[name][0] / folder / "README.md").data.eval_results
+        shown = {key: record["test"][key] for key in FIGURES if record["test"].get(key)}
+        assert {r.metric_type: r.metric_value for r in found} == {k: round(v["value"], 6) for k, v in shown.items()}
+        for result in found:
+            figure = shown[result.metric_type]
+            known = figure["low"] is not None
+            interval = f", 95 % interval {figure['low']:.4g} to {figure['high']:.4g}" if known else ""
+            assert result.metric_name == f"{FIGURES[result.metric_type]}{interval}, n = 8 rows"
+            assert result.dataset_revision == record["task"]["sha256"] and result.dataset_split == "test"
+
+
+@pytest.mark.parametrize("name", ["lora", "chat", "full"])
+def test_the_code_in_the_card_runs(runs: dict[str, Run], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder, card in cards(runs[name]).items():
+        monkeypatch.chdir(runs[name][0] / folder)
         (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
         scope: dict[str, Any] = {}
         exec(code, scope)
