@@ -9,6 +9,8 @@ from typing import Any
 
 from . import __version__
 
+FORMATS = ("bf16", "fp8", "int4", "int8", "nf4", "bnb-int8", "gguf")
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -61,6 +63,58 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--data", nargs="+", default=["stdlib"], help="texts for calibration and healing")
     convert.add_argument("--heal-tokens", type=int, default=0, help="tokens of continued training (default: none)")
     convert.set_defaults(run=_convert)
+
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint in another format: bf16, fp8, int4, int8, nf4, bnb-int8, gguf",
+        description="Export CHECKPOINT tensor by tensor. The same command goes on with an interrupted export.",
+    )
+    export.add_argument("checkpoint", help="a folder in any of these formats, or a PEFT adapter on one")
+    export.add_argument("--format", required=True, choices=FORMATS)
+    export.add_argument("--output", required=True, help="a folder that is new or empty")
+    export.add_argument("--adapter", help="a PEFT adapter to merge")
+    export.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="an option of the format (docs/export.md)"
+    )
+    export.set_defaults(run=_export)
+
+    verify = commands.add_parser(
+        "verify",
+        help="compare an export with the checkpoint it was made from",
+        description="Coverage, error per kind of tensor, KL, top-1, bits per byte, MTP, size and speed. Exits with 1 "
+        "past a threshold, and writes verify.json into DIR.",
+    )
+    verify.add_argument("folder", metavar="DIR", help="the export")
+    verify.add_argument("--against", required=True, metavar="CHECKPOINT", help="what it was made from")
+    verify.add_argument("--text", default="stdlib", help="held-out text: files, a folder, a .jsonl, datasets:NAME")
+    verify.add_argument("--rows", type=int, help="rows of text to compare on")
+    verify.set_defaults(run=_verify)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a checkpoint: bits per byte, tasks, speed, memory",
+        description="Measure CHECKPOINT, and write evaluation.json into it.",
+    )
+    evaluate.add_argument("checkpoint", help="a folder")
+    evaluate.add_argument("--text", nargs="+", default=[], help="texts for bits per byte")
+    evaluate.add_argument("--tasks", nargs="+", default=[], help="built-in tasks (docs/finetuning.md)")
+    evaluate.add_argument("--lm-eval", nargs="+", default=[], metavar="TASK", help="tasks of lm-evaluation-harness")
+    evaluate.add_argument("--limit", type=int, help="rows of each task and text")
+    evaluate.set_defaults(run=_evaluate)
+
+    push = commands.add_parser(
+        "push",
+        help="publish a folder on the Hub, checked before and after",
+        description="Upload DIR: allowed files only, after a search for secrets, and compare the hashes afterwards. The "
+        "same command goes on with an interrupted upload.",
+    )
+    push.add_argument("folder", metavar="DIR", help="a checkpoint, an adapter or an export, with its card")
+    push.add_argument("repository", metavar="REPO", help="name or namespace/name")
+    push.add_argument("--private", action="store_true", default=None, help="make the repository private")
+    push.add_argument("--pr", action="store_true", help="open a pull request")
+    push.add_argument("--revision", help="branch to commit to")
+    push.add_argument("--base-model", metavar="REPO", help="repository of the base, where the card names a folder")
+    push.set_defaults(run=_push)
 
     generate = commands.add_parser(
         "generate", help="continue a prompt", description="Continue PROMPT with a checkpoint."
@@ -190,6 +244,64 @@ def _convert(args: argparse.Namespace) -> int:
     for text, figures in report["bits_per_byte"].items():
         print(f"{text}: bits per byte " + ", ".join(f"{stage} {value:.3f}" for stage, value in figures.items()))
     print(f"wrote {args.output}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .export import export
+
+    options = _overrides(args.set)
+    report = export(args.checkpoint, args.output, args.format, adapter=args.adapter, **options)
+    share, bits = report["quantized"]["share"], report["bytes_per_parameter"]
+    print(f"wrote {args.output}: {report['bytes']:,} bytes, {bits:.2f} per parameter, {share:.1%} of them quantized")
+    print(f"try: deepseek-v3 verify {args.output} --against {args.checkpoint}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    _yield_busy_cores()
+    from .export.verify import verify, verify_table
+    from .hub import write_export_card
+
+    report = verify(args.folder, args.against, text=args.text, **({"rows": args.rows} if args.rows else {}))
+    print(verify_table(report))
+    if not report["failures"]:
+        print(f"wrote {write_export_card(args.folder, args.against)}")
+    return 1 if report["failures"] else 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    _yield_busy_cores()
+    from .evaluation import evaluate
+    from .hub import figure_text
+
+    record = evaluate(args.checkpoint, text=args.text, tasks=args.tasks, lm_eval_tasks=args.lm_eval, limit=args.limit)
+    for name, results in {**record["text"], **record["tasks"], **record["lm_eval"]}.items():
+        estimates = {key: found for key, found in results.items() if isinstance(found, dict) and "value" in found}
+        print(f"{name:<26}{'  '.join(f'{key} {figure_text(found)}' for key, found in estimates.items())}")
+        for anchor, bits in results.get("anchors_bits_per_byte", {}).items():
+            print(f"  {anchor:<24}bits_per_byte {bits:.3f}")
+    if "throughput" in record:
+        speed = record["throughput"]
+        print(f"{speed['decode_tokens_per_second']:.1f} tokens/s decoding, {speed['clock']}, {speed['threads']} threads")
+    print(f"{record['peak_memory_bytes'] / 2**20:,.0f} MiB at most; wrote evaluation.json into {args.checkpoint}")
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    from .hub import push
+
+    result = push(
+        args.folder,
+        args.repository,
+        private=args.private,
+        create_pr=args.pr,
+        revision=args.revision,
+        base_model=args.base_model,
+    )
+    for name in result.left_out:
+        print(f"left out: {name}")
+    print(f"{len(result.files)} files, hashes equal: {result.pull_request or result.url}")
     return 0
 
 

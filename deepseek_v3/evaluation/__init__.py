@@ -1,0 +1,11 @@
+"""Evaluation of a checkpoint: bits per byte, tasks, lm-evaluation-harness, speed and memory.
+
+`text`, `speed` and `estimates` stand below `export.verify`, which compares two checkpoints by the same figures. Only
+`tasks` needs the extras `train` and `peft`, and only `harness` needs `eval`.
+"""
+
+from .record import evaluation_lines
+from .run import evaluate
+from .text import read_text
+
+__all__ = ["evaluate", "evaluation_lines", "read_text"]

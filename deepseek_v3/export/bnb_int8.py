@@ -1,0 +1,46 @@
+"""`bnb-int8`: bitsandbytes' LLM.int8(), as its `Linear8bitLt` saves it, for every linear layer and every single expert.
+
+`X.weight` is int8 `[out, in]`; `X.SCB` fp32 `[out]`, the largest magnitude of each row, which code 127 stands for;
+`X.weight_format` uint8, 0 for rows. What is not quantized is bf16.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from . import compressed
+from .nf4 import bitsandbytes_layouts, chosen_weights, config_dict, quantized_step, skipped_modules
+from .source import Source
+from .steps import Step, cast, copy_step
+
+
+@dataclass(frozen=True)
+class Options:
+    """`targets`: `linears`: all linear layers of attention and MLPs, those of MTP layers included; or `experts`: the
+    routed ones only."""
+
+    targets: Literal["linears", "experts"] = "linears"
+
+    def __post_init__(self) -> None:
+        compressed.check_targets(self.targets)
+
+
+def steps(source: Source, options: Options) -> list[Step]:
+    layouts = bitsandbytes_layouts("bnb-int8")
+    layout = layouts.LLMInt8Rows()
+
+    def quantize(weight: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+        return layouts.llm_int8_tensors(cast(weight, torch.float16, name))  # bitsandbytes takes no other dtype
+
+    chosen = set(chosen_weights(source, options.targets))
+    return [
+        quantized_step(name, source, layout, quantize) if name in chosen else copy_step(name, source)
+        for name in source.names
+    ]
+
+
+def quantization_config(source: Source, options: Options) -> dict | None:
+    chosen = chosen_weights(source, options.targets)
+    return config_dict(BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped_modules(source, chosen)))

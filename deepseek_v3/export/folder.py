@@ -1,0 +1,133 @@
+"""The folder that an export writes to: whose it is, what lies in it beside the weights, and the report."""
+
+import errno
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..modeling_deepseek_v3.weight_files import read_json
+from .files import PlannedFile
+from .source import Source
+from .steps import ROUTING_BIAS, Step
+
+PLAN, REPORT, LOCK = ".export.json", "export.json", ".lock"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+RESERVE = 2**24  # bytes for the files beside the weights
+
+
+def check_folder(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """Check that `folder` is free for the export `plan`, or its own. Returns the report if it is done already.
+
+    Raises:
+        ValueError: the folder holds something else, or another export.
+    """
+    present = {path.name for path in folder.iterdir()} - {LOCK, f"{PLAN}.partial"}
+    for name in sorted({REPORT, PLAN} & present, reverse=True):  # the report is written last
+        content = read_json(folder / name)
+        if not isinstance(content, dict):
+            raise ValueError(f"{folder / name}: found {type(content).__name__}, allowed is an object")
+        found = content.get("plan", content)
+        if differing := [key for key in plan if found.get(key) != plan[key]]:
+            problem = f"holds another export, with another {', '.join(differing)}"
+            raise ValueError(f"{folder / name}: {problem}; allowed is a folder that is new, empty, or of this export")
+        if name == REPORT:
+            _check_whole(folder, content)
+            return content
+        return None
+    if present:
+        found = ", ".join(sorted(present)[:4])
+        raise ValueError(f"{folder}: found {found}, allowed is a folder that is new or empty")
+    return None
+
+
+def _check_whole(folder: Path, report: dict[str, Any]) -> None:
+    for name, file in report["files"].items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size != file["bytes"]:
+            raise ValueError(
+                f"{folder / name}: found {size} bytes, the finished export has {file['bytes']}; delete it"
+            )
+
+
+def check_room(folder: Path, files: Sequence[PlannedFile]) -> None:
+    """Whether the disk has room for what is missing; `ValueError` says how much."""
+    missing = RESERVE
+    for file in files:
+        there = [path for path in (folder / file.name, folder / f"{file.name}.partial") if path.exists()]
+        missing += file.n_bytes - sum(path.stat().st_size for path in there)
+    free = shutil.disk_usage(folder).free
+    if free < missing:
+        raise ValueError(f"{folder}: found {free:,} bytes free, the export needs {missing:,} more")
+
+
+@contextmanager
+def room_errors(folder: Path) -> Iterator[None]:
+    """Say what to do if the disk fills up all the same."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(f"{folder}: no room left on the disk; make some, and run the same command again") from None
+
+
+def write_config(source: Source, folder: Path, dtype: torch.dtype, quantization: dict[str, Any] | None) -> None:
+    """`config.json`, complete for every reader, and `generation_config.json` if the source has one."""
+    config = type(source.config).from_dict(source.config.to_dict())
+    config.dtype = dtype
+    if quantization is not None:
+        config.quantization_config = quantization
+    config.save_pretrained(folder)
+
+
+def copy_companions(source: Source, folder: Path) -> None:
+    """The tokenizer, of the adapter if it has one, and the generation settings."""
+    folders = [source.folder] if source.adapter is None else [source.adapter.folder, source.folder]
+    for origin in folders:
+        if (origin / TOKENIZER_FILES[0]).is_file():
+            for name in TOKENIZER_FILES:
+                if (origin / name).is_file():
+                    shutil.copyfile(origin / name, folder / name)
+            break
+    if (source.folder / GENERATION_CONFIG).is_file():
+        shutil.copyfile(source.folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+
+
+def figures(source: Source, steps: Sequence[Step]) -> dict[str, Any]:
+    """Counts for the report."""
+
+    def elements(names: Sequence[str]) -> int:
+        return sum(prod(source.shape(name)) for name in names if not name.endswith(ROUTING_BIAS))
+
+    quantized = [step for step in steps if step.quantized]
+    in_quantized = elements([name for step in quantized for name in step.inputs])
+    parameters = elements(source.names)
+    return {
+        "parameters": parameters,
+        "quantized": {
+            "parameters": in_quantized,
+            "share": in_quantized / parameters,
+            "bytes": sum(output.n_bytes for step in quantized for output in step.outputs),
+            "bytes_in_bf16": 2 * in_quantized,
+        },
+        "tensors": {
+            "read": sum(len(step.inputs) for step in steps),
+            "quantized": sum(len(step.inputs) for step in quantized),
+            "written": sum(len(step.outputs) for step in steps),
+            "dropped": len(source.dropped),
+        },
+    }

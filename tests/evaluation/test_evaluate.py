@@ -1,0 +1,116 @@
+"""`evaluate` on small checkpoints: what its record holds, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
+from deepseek_v3.evaluation import evaluate, evaluation_lines
+from deepseek_v3.evaluation.speed import mtp_acceptance, throughput
+from deepseek_v3.finetuning import load_task
+from deepseek_v3.finetuning.evaluate import evaluate_task
+from tests.evaluation.helpers import tiny_model, tiny_tokenizer, write_checkpoint, write_text
+from tests.modeling_deepseek_v3.helpers import build, tiny_config, tokens
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder)
+    return folder
+
+
+def write_rows(path: Path) -> str:
+    lines = [{"text": f"item {i} is {'good' if i % 3 else 'bad'}", "label": "yn"[i % 3 == 0]} for i in range(120)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return str(path)
+
+
+def test_the_record_of_a_language_model(checkpoint: Path, tmp_path: Path) -> None:
+    source = write_text(tmp_path / "text")
+    record = evaluate(checkpoint, text=[source], limit=6, length=32)
+    assert record == json.loads((checkpoint / "evaluation.json").read_text())
+    results = record["text"][source]
+    assert results["rows"] == 6 and results["bits_per_byte"]["n"] == 6 and results["length"] == 32
+    assert set(results["anchors_bits_per_byte"]) == {"gzip"}
+    assert results["mtp_acceptance"]["drafts"] > 0
+    assert record["throughput"]["decode_tokens_per_second"] > 0
+    assert record["peak_memory_bytes"] > 2**20
+    printed = "\n".join(evaluation_lines(record))
+    for figure in (results["bits_per_byte"], results["mtp_acceptance"]):
+        assert f"{figure['value']:.4f} [{figure['low']:.4f}, {figure['high']:.4f}]" in printed
+    model = DeepseekV3ForCausalLM.from_pretrained(checkpoint)
+    assert record["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_text_task_has_the_figures_of_fine_tuning(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"row {i}: {i * i} and more"}) for i in range(60)))
+    record = evaluate(checkpoint, text=[write_text(tmp_path / "t", 2)], tasks=[str(path)], limit=5, anchors=False)
+    task = load_task(str(path), limit=5)
+    model, tokenizer = DeepseekV3ForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    expected = evaluate_task(model, task, tokenizer, 512)
+    found = record["tasks"][str(path)]
+    assert found["n"] == expected["n"] == 5
+    assert found["bits_per_byte"]["value"] == pytest.approx(expected["bits_per_byte"]["value"], rel=1e-5)
+    assert found["kind"] == "text" and found["sha256"] == task.sha256
+
+
+def test_a_classifier_and_its_baselines(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    task = load_task(rows)
+    config = tiny_config(vocab_size=300, num_labels=2, pad_token_id=2, num_nextn_predict_layers=0)
+    config.id2label = dict(enumerate(task.labels))
+    model, folder = build(config, DeepseekV3ForSequenceClassification), tmp_path / "classifier"
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    record = evaluate(folder, tasks=[rows])
+    results = record["tasks"][rows]
+    assert record["text"] == {} and "throughput" not in record
+    assert results["n"] == len(task.test) and set(results["baselines"]) >= {"majority", "tfidf"}
+    assert any(line.strip().startswith("tfidf") and "accuracy" in line for line in evaluation_lines(record))
+    with torch.no_grad():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        logits = [model(tokenizer(row["text"], return_tensors="pt").input_ids).logits[0] for row in task.test]
+    right = [task.labels[int(z.argmax())] == row["label"] for z, row in zip(logits, task.test, strict=True)]
+    assert results["accuracy"]["value"] == pytest.approx(np.mean(right))
+    with pytest.raises(ValueError, match="a classifier; text and lm-eval tasks need a language model"):
+        evaluate(folder, text=["stdlib"])
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": f"row {i}"}) for i in range(60)))
+    with pytest.raises(ValueError, match="needs a language model"):
+        evaluate(folder, tasks=[str(texts)])
+
+
+def test_what_cannot_be_evaluated_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    source = write_text(tmp_path / "text", 2)
+    with pytest.raises(ValueError, match="no classification head"):
+        evaluate(checkpoint, text=[source], tasks=[rows], limit=2)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        evaluate(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="an adapter: merge it first"):
+        evaluate(tmp_path)
+
+
+def test_speed_counts_tokens_and_mtp_counts_drafts() -> None:
+    model = tiny_model()
+    prompts = [tokens(12, vocab=300, seed=i) for i in range(3)]
+    speed = throughput(model, prompts[0])
+    assert speed["prompt_tokens"] == 12 and speed["clock"] == "process CPU time"
+    found = mtp_acceptance(model, prompts, max_new_tokens=10)
+    stats = [
+        model.generate(
+            prompt[None], attention_mask=torch.ones(1, 12, dtype=torch.int64), pad_token_id=0, max_new_tokens=10,
+            do_sample=False, use_mtp=True, num_mtp_draft=1, return_dict_in_generate=True,
+        ).mtp_stats
+        for prompt in prompts
+    ]  # fmt: skip
+    assert found["drafts"] == sum(s.drafted[0] for s in stats) and found["n"] == 3
+    assert found["value"] == sum(s.accepted[0] for s in stats) / found["drafts"]
+    assert mtp_acceptance(tiny_model(num_nextn_predict_layers=0), prompts) is None

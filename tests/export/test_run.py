@@ -1,0 +1,362 @@
+"""`export` as a whole: interruptions of every kind, whose folder it is, what is accounted for, and the report."""
+
+import ctypes
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from deepseek_v3.configuration.parameters import num_parameters
+from deepseek_v3.export import Output, Source, Step, export, files, fp8, run
+from deepseek_v3.export.memory import peak_memory, reset_peak_memory
+from deepseek_v3.export.run import check_steps
+from deepseek_v3.modeling_deepseek_v3.checkpoint import tensor_shapes
+from deepseek_v3.process import locked
+from tests.export.helpers import TOKENIZER, config_json, contents, read_tensors, write_checkpoint
+from tests.modeling_deepseek_v3.helpers import tiny_config
+
+SHARD = 60_000  # of a model of 660 KB in fp8
+
+
+def in_child(function: Callable[[], Any]) -> int:
+    """Run it in a process of its own, without another interpreter's start; returns how that ended."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # OpenMP's threads are not in the child
+        try:
+            function()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def killed_child(export_: Callable[[], Any]) -> None:
+    """Run it in a process that kills itself somewhere on the way."""
+    status = in_child(export_)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("reads", [1, 2, 40, 100, 130])
+def test_an_export_that_is_killed_goes_on_to_the_same_bytes(
+    ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: int
+) -> None:
+    options = {"format": "fp8", "max_shard_bytes": 10 * SHARD, "progress": False}
+    whole = export(ragged, tmp_path / "whole", **options)
+    count, read = 0, Source.read
+
+    def counting(source: Source, name: str) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return kill() if count == reads else read(source, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "read", counting)
+        killed_child(lambda: export(ragged, tmp_path / "parts", **options))
+    assert {".export.json", ".lock"} <= {path.name for path in (tmp_path / "parts").iterdir()}
+    monkeypatch.setattr(Source, "read", counting)
+    count = 1000
+    report = export(ragged, tmp_path / "parts", **options)
+    assert count == 1000 + 133 - (reads - 1)  # nothing that was whole is read again
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert report["files"] == whole["files"]
+
+
+def opening(cls: type) -> Callable:
+    """`Path.open` with files of `cls` for new files of weights."""
+    path_open = Path.open
+    return lambda path, mode="r", *a, **k: cls(path, mode) if mode == "w+b" else path_open(path, mode, *a, **k)
+
+
+class HalfWritten(io.FileIO):
+    """Kills the process in the middle of the n-th large write."""
+
+    left = 3
+
+    def write(self, data: Any) -> int:
+        if len(data) > 20_000:
+            HalfWritten.left -= 1
+            if not HalfWritten.left:
+                super().write(data[: len(data) // 2])
+                kill()
+        return super().write(data)
+
+
+def test_killed_in_the_middle_of_a_tensor(ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(ragged, tmp_path / "whole", "bf16")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opening(HalfWritten))
+        killed_child(lambda: export(ragged, tmp_path / "parts", "bf16"))
+    partial = (tmp_path / "parts" / "model.safetensors.partial").stat().st_size
+    assert 20_000 < partial < (tmp_path / "whole" / "model.safetensors").stat().st_size
+    export(ragged, tmp_path / "parts", "bf16")
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("function", ["write_index", "write_config", "copy_companions", "peak_memory"])
+def test_killed_after_the_weights(
+    ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    options = {"format": "bf16", "max_shard_bytes": 4 * SHARD}
+    export(ragged, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, function, lambda *arguments: kill())
+        killed_child(lambda: export(ragged, tmp_path / "parts", **options))
+    export(ragged, tmp_path / "parts", **options)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_signal_stops_it_after_the_step(ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Source.read
+    count = 0
+
+    def stopping(source: Source, name: str) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(source, name)
+
+    monkeypatch.setattr(Source, "read", stopping)
+    with pytest.raises(InterruptedError, match=r"stopped in model.safetensors after step 7, saved"):
+        export(ragged, tmp_path, "bf16")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    export(ragged, tmp_path, "bf16")
+    assert count == 133  # each tensor once over both runs
+    assert torch.equal(read_tensors(tmp_path)["model.norm.weight"], read_tensors(ragged)["model.norm.weight"])
+
+
+def test_a_full_disk_is_an_error_that_can_be_gone_on_from(
+    ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = 200_000
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            nonlocal room
+            if room < len(data):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            room -= len(data)
+            return super().write(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opening(Full))
+        with pytest.raises(ValueError, match="no room left on the disk; make some, and run the same command again"):
+            export(ragged, tmp_path / "out", "bf16")
+    export(ragged, tmp_path / "out", "bf16")
+    assert read_tensors(tmp_path / "out").keys() == read_tensors(ragged).keys()
+
+
+def test_room_is_checked_before_anything_is_written(
+    ragged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**6, 0, 10**6))
+    with pytest.raises(ValueError, match="found 1,000,000 bytes free, the export needs"):
+        export(ragged, tmp_path, "bf16")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_finished_export_is_not_done_again(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = export(plain, tmp_path, "bf16")
+    monkeypatch.setattr(Source, "read", None)
+    assert export(plain, tmp_path, "bf16") == first == json.loads((tmp_path / "export.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model.safetensors: found 0 bytes, the finished export has \d+; delete it"):
+        export(plain, tmp_path, "bf16")
+
+
+def test_another_export_or_other_files_are_not_written_over(plain: Path, ragged: Path, tmp_path: Path) -> None:
+    export(plain, tmp_path / "done", "bf16")
+    for source, format_, options, differing in (
+        (plain, "fp8", {}, "format, options"),
+        (plain, "bf16", {"dtype": "fp16"}, "options"),
+        (ragged, "bf16", {}, "source"),
+        (plain, "bf16", {"max_shard_bytes": 10}, "max_shard_bytes"),
+    ):
+        with pytest.raises(ValueError, match=f"holds another export, with another {differing}; allowed is a folder"):
+            export(source, tmp_path / "done", format_, **options)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match=r"other: found thesis.txt, allowed is a folder that is new or empty"):
+        export(plain, tmp_path / "other", "bf16")
+    with pytest.raises(ValueError, match="which is the source; allowed is another folder"):
+        export(plain, plain, "bf16")
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "precious"
+
+
+def test_an_interrupted_export_is_not_gone_on_from_another_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_config", lambda *arguments: kill())
+        killed_child(lambda: export(source, tmp_path / "out", "bf16"))
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    with pytest.raises(ValueError, match=r"\.export\.json: holds another export, with another source"):
+        export(source, tmp_path / "out", "bf16")
+
+
+def test_an_option_that_does_not_fit_leaves_the_folder_free(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Source, options: Any) -> list[Step]:
+        raise ValueError("does not fit")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fp8, "steps", refuse)
+        with pytest.raises(ValueError, match="does not fit"):
+            export(plain, tmp_path / "out", "fp8", power_of_two=True)
+    export(plain, tmp_path / "out", "fp8")
+
+
+def test_two_exports_to_one_folder_do_not_mix(plain: Path, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ValueError, match="in use by another run"):
+        export(plain, tmp_path, "bf16")
+
+
+def test_every_tensor_is_consumed_once(plain: Path) -> None:
+    source = Source(plain)
+    steps = fp8.steps(source, fp8.Options())
+    check_steps(source, steps, official=True)
+    index = next(i for i, step in enumerate(steps) if step.quantized)
+    step = steps[index]
+    head = next(i for i, s in enumerate(steps) if s.inputs == ("lm_head.weight",))
+    name = step.inputs[0]
+
+    def broken(position: int, *given: Step) -> list[Step]:
+        return [*steps[:position], *given, *steps[position + 1 :]]
+
+    for wrong, message in (
+        (broken(index), f"1 tensors not consumed: {name}"),
+        (broken(index, step, replace(step, outputs=())), f"1 tensors consumed twice: {name}"),
+        (broken(index, replace(step, inputs=(name, "x.y"))), "1 tensors not in the source: x.y"),
+        (broken(index, replace(step, outputs=(*step.outputs, step.outputs[0]))), "1 tensors written twice"),
+        (broken(index, replace(step, outputs=(Output("model.x", "F32", (1,)),))), "tensors not official: model.x"),
+        (broken(index, replace(step, quantized=False)), "tensors not official"),
+        (broken(head, replace(steps[head], outputs=steps[head].outputs[:1])), "1 tensors copies not written"),
+        (broken(head, replace(steps[head], outputs=())), "tensors not official: lm_head.weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_steps(source, wrong, official=True)
+
+
+def test_unknown_formats_and_options_are_named(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="format: found 'awq', allowed are bf16, fp8, int4"):
+        export(plain, tmp_path, "awq")
+    with pytest.raises(ValueError, match="options: found group, allowed are power_of_two"):
+        export(plain, tmp_path, "fp8", group=3)
+    with pytest.raises(ValueError, match="max_shard_bytes: found 0"):
+        export(plain, tmp_path, "bf16", max_shard_bytes=0)
+    with pytest.raises(ValueError, match="source: found .*missing"):
+        export(tmp_path / "missing", tmp_path / "out", "bf16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_says_what_is_on_the_disk(ragged: Path, tmp_path: Path) -> None:
+    report = export(ragged, tmp_path, "fp8", max_shard_bytes=4 * SHARD)
+    assert report == json.loads((tmp_path / "export.json").read_text())
+    listed = {path.name for path in tmp_path.iterdir()} - {"export.json"}
+    assert report["files"].keys() == listed
+    for name, file in report["files"].items():
+        data = (tmp_path / name).read_bytes()
+        assert file == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    source = (ragged / "model.safetensors").read_bytes()
+    assert report["source"]["files"] == {"model.safetensors": hashlib.sha256(source).hexdigest()}
+    assert report["source"]["name"] == ragged.name and report["source"]["adapter"] is None
+    count = num_parameters(Source(ragged).config)
+    assert report["parameters"] == count.total + count.mtp
+    weights = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert report["bytes"] == weights and report["bytes_per_parameter"] == weights / report["parameters"]
+    tensors = read_tensors(tmp_path)
+    assert report["tensors"]["written"] == len(tensors) and report["tensors"]["read"] == len(read_tensors(ragged)) - 2
+    assert report["peak_memory_bytes"] > 2**20 and report["seconds"] >= 0
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors.keys()
+    assert str(ragged) not in json.dumps(report) and str(ragged) not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("format_", ["bf16", "fp8"])
+def test_no_more_than_a_layer_is_in_memory(tmp_path: Path, format_: str) -> None:
+    config = tiny_config(hidden_size=512, moe_intermediate_size=512, n_routed_experts=24, num_hidden_layers=5)
+    shapes = tensor_shapes(config, mtp=True)
+    shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    config.architectures = ["DeepseekV3ForCausalLM"]
+    config.save_pretrained(tmp_path / "source")
+    tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    layer = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("model.layers.2."))
+    assert 5 * layer < sum(tensor.nbytes for tensor in tensors.values()) and layer > 35 * 2**20
+    del tensors
+
+    def measure() -> None:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again without a trace
+        reset_peak_memory()
+        before = peak_memory()
+        export(tmp_path / "source", tmp_path / "out", format_, progress=False)
+        (tmp_path / "peak").write_text(str(peak_memory() - before))
+
+    in_child(measure)
+    assert int((tmp_path / "peak").read_text()) < layer
+
+
+def test_tokenizer_and_generation_settings_come_along(plain: Path, tmp_path: Path) -> None:
+    export(plain, tmp_path, "fp8")
+    assert {name: (tmp_path / name).read_text() for name in TOKENIZER} == TOKENIZER
+    assert (tmp_path / "generation_config.json").read_bytes() == (plain / "generation_config.json").read_bytes()
+    assert config_json(tmp_path) == {
+        **config_json(plain), "dtype": "bfloat16", "quantization_config": config_json(tmp_path)["quantization_config"]
+    }  # fmt: skip
+
+
+def test_progress_is_a_line_now_and_then_or_a_bar(
+    ragged: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(ragged, tmp_path / "a", "bf16")
+    assert capsys.readouterr() == ("", "")  # it took less than ten seconds
+    monkeypatch.setattr(run, "SECONDS_PER_LINE", 0)
+    export(ragged, tmp_path / "b", "bf16")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 100 and lines[-1].startswith("export: ")
+    export(ragged, tmp_path / "c", "bf16", progress=False)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    export(ragged, tmp_path / "d", "bf16")
+    assert "100%" in capsys.readouterr().err
+
+
+def test_a_format_of_its_own_files_stands_alone(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["deepseek_v3.export.bf16"]
+
+    def own(source: Source, steps: list[Step], options: Any) -> list[files.PlannedFile]:
+        return [files.plan_file("model.gguf", b"head", steps, 32)]
+
+    def finish(folder: Path, source: Source, options: Any) -> None:
+        (folder / "model.gguf").write_bytes(b"made smaller")
+
+    monkeypatch.setattr(module, "files", own, raising=False)
+    monkeypatch.setattr(module, "finish", finish, raising=False)
+    monkeypatch.setattr(module, "calibration", lambda source, options: {"text": "x"}, raising=False)
+    report = export(plain, tmp_path, "bf16")
+    digest = hashlib.sha256(b"made smaller").hexdigest()
+    assert report["files"] == {"model.gguf": {"bytes": 12, "sha256": digest}} and report["bytes"] == 12
+    assert report["calibration"] == {"text": "x"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "export.json"}

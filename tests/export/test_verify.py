@@ -1,0 +1,168 @@
+"""`verify` on exports that are right, and on exports that are broken in one way each."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deepseek_v3 import DeepseekV3ForSequenceClassification
+from deepseek_v3.evaluation import speed
+from deepseek_v3.export import export
+from deepseek_v3.export.verify import DEFAULTS, Thresholds, verify, verify_table
+from tests.evaluation.helpers import tiny_tokenizer, write_checkpoint, write_text
+from tests.modeling_deepseek_v3.helpers import build, tiny_config
+
+LOOSE = Thresholds(0.05, 1.0, 0.5, 1.0, 1.0)  # of random weights, which rounding changes more than trained ones
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("DECODED", 3), ("REPEATS", 1), ("MTP_TOKENS", 8)):
+        monkeypatch.setattr(speed, name, value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    write_checkpoint(folder / "model")
+    write_text(folder / "text")
+    export(folder / "model", folder / "bf16", "bf16", progress=False)
+    export(folder / "model", folder / "fp8", "fp8", progress=False)
+    return folder
+
+
+def check(folder: Path, name: str, **options: Any) -> dict[str, Any]:
+    options = {"text": str(folder / "text"), "rows": 8, "length": 32, **options}
+    return verify(folder / name, folder / "model", **options)
+
+
+def change(folder: Path, tmp_path: Path, tensor: str, value: Any) -> Path:
+    """A copy of the bf16 export in which a tensor is `value` of itself."""
+    shutil.copytree(folder / "bf16", tmp_path / "bf16")
+    file = tmp_path / "bf16" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[tensor] = value(tensors[tensor])
+    save_file(tensors, file, metadata={"format": "pt"})
+    return tmp_path / "bf16"
+
+
+def test_a_checkpoint_verifies_against_itself(folder: Path) -> None:
+    report = check(folder, "model")
+    assert report["failures"] == [] and report["format"] == "bf16"
+    assert report["kl"]["value"] == 0 and report["top1"]["value"] == 1
+    assert report["bytes"]["export"] == report["bytes"]["reference"]
+    assert report["mtp_acceptance"]["export"] == report["mtp_acceptance"]["reference"]
+    assert all(row["relative_error"] == 0 for row in report["tensors"].values())
+    assert report == json.loads((folder / "model" / "verify.json").read_text())
+
+
+def test_bf16_rounds_and_fp8_rounds_more(folder: Path) -> None:
+    half, eight = check(folder, "bf16", thresholds=LOOSE), check(folder, "fp8", thresholds=LOOSE)
+    assert half["failures"] == eight["failures"] == []
+    for kind, row in half["tensors"].items():
+        assert 1e-3 < row["relative_error"] < 2.5e-3, kind  # a uniform error of up to 2^-9: 2^-9 / sqrt(3), and less
+    assert 0.02 < eight["tensors"]["routed experts"]["relative_error"] < 0.035  # up to 2^-4 / 1.75 / sqrt(3)
+    assert eight["tensors"]["norms"] == half["tensors"]["norms"] and eight["format"] == "fp8"
+    assert 0 < half["kl"]["value"] < eight["kl"]["value"]
+    sizes = [report["bytes_per_parameter"]["export"] for report in (half, eight)]
+    assert sizes[1] < 0.8 * sizes[0]
+    assert half["bytes"]["export"] == (folder / "bf16" / "model.safetensors").stat().st_size
+    assert half["text"] == eight["text"]
+    assert half["bits_per_byte"]["reference"] == eight["bits_per_byte"]["reference"]
+
+
+def test_dequantized_matrices_give_the_same_logits(folder: Path) -> None:
+    """Official FP8 is dequantized at loading, so that both ways compute from the same matrices."""
+    packed = check(folder, "fp8", thresholds=LOOSE)
+    plain = check(folder, "fp8", thresholds=LOOSE, weights="dequantized")
+    assert plain["weights"] == "dequantized" and plain["decode_tokens_per_second"]["export"] is None
+    assert plain["kl"]["value"] == pytest.approx(packed["kl"]["value"], rel=0.05)
+
+
+def test_thresholds_decide(folder: Path) -> None:
+    report = check(folder, "fp8", thresholds=Thresholds(0.01, 1e-9, 1.0, -1.0, -1.0))
+    words = "\n".join(report["failures"])
+    for what in ("routed experts: relative error", "KL: ", "perplexity", "top predictions", "MTP acceptance"):
+        assert what in words
+    assert "norms" not in words and "embeddings" not in words  # 16 bits, which is their threshold in every format
+
+
+def test_a_weight_that_fp8_may_not_touch_fails(folder: Path, tmp_path: Path) -> None:
+    broken = change(folder, tmp_path, "model.layers.1.mlp.gate.weight", lambda w: w * 1.02)
+    report = check(folder, broken, thresholds=LOOSE)
+    assert [failure.split(":")[0] for failure in report["failures"]] == ["router"]
+    assert report["tensors"]["router"]["largest_tensor"] == "model.layers.1.mlp.gate.weight"
+
+
+def test_a_nan_is_named_and_no_logits_are_compared(folder: Path, tmp_path: Path) -> None:
+    name = "model.layers.2.mlp.experts.3.up_proj.weight"
+    report = check(folder, change(folder, tmp_path, name, lambda w: w.index_fill(0, torch.tensor(0), torch.nan)))
+    assert report["failures"] == [f"1 tensors that are not finite, the first {name}"]
+    assert "kl" not in report
+
+
+def test_an_overflow_in_the_forward_pass_is_named(folder: Path, tmp_path: Path) -> None:
+    broken = change(folder, tmp_path, "model.layers.0.mlp.up_proj.weight", lambda w: torch.full_like(w, 3e38))
+    report = check(folder, broken)
+    assert report["non_finite_logits"] == "model.layers.0.mlp.up_proj"
+    assert report["failures"][-1] == "logits are not finite, from model.layers.0.mlp.up_proj on"
+
+
+def test_an_export_without_mtp_layers_fails(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "bf16", tmp_path / "bf16")
+    config = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    (tmp_path / "bf16" / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    file = tmp_path / "bf16" / "model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if ".layers.3." not in name}, file)
+    report = check(folder, tmp_path / "bf16")
+    assert all(".layers.3." in name for name in report["coverage"]["missing"])
+    assert report["failures"][0].startswith(f"{len(report['coverage']['missing'])} missing tensors: model.layers.3.")
+    assert "config: num_nextn_predict_layers is 0, was 1" in report["failures"]
+    assert "kl" not in report
+
+
+def test_a_lost_field_of_the_configuration_fails(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "bf16", tmp_path / "bf16")
+    config = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    del config["topk_group"], config["rms_norm_eps"]
+    (tmp_path / "bf16" / "config.json").write_text(json.dumps(config))
+    failures = check(folder, tmp_path / "bf16", thresholds=LOOSE)["failures"]
+    assert "config: topk_group is 4, was 2" in failures
+
+
+def test_a_classifier_is_compared_by_its_tensors(tmp_path: Path) -> None:
+    model = build(tiny_config(vocab_size=300, num_labels=2), DeepseekV3ForSequenceClassification)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "fp8", "fp8", progress=False)
+    report = verify(tmp_path / "fp8", tmp_path / "model")
+    assert report["failures"] == [] and "kl" not in report and report["tensors"]["head"]["parameters"] == 128
+    assert "bytes" in verify_table(report)
+
+
+def test_the_table_holds_every_figure(folder: Path) -> None:
+    report = check(folder, "fp8", thresholds=Thresholds(0.05, 1e-9, 0.5, 1.0, 1.0))
+    table = verify_table(report)
+    assert f"{report['kl']['value']:.6f}" in table and "n = 8 rows" in table
+    assert f"{report['bits_per_byte']['delta']['value']:+.5f}" in table
+    assert [line for line in table.splitlines() if line.startswith("FAILED")] == [f"FAILED {report['failures'][0]}"]
+    for kind, row in report["tensors"].items():
+        assert any(line.startswith(kind) and row["largest_tensor"] in line for line in table.splitlines())
+
+
+def test_every_format_has_thresholds() -> None:
+    from deepseek_v3.export import FORMATS
+
+    assert set(DEFAULTS) == set(FORMATS)
+    assert DEFAULTS["fp8"].perplexity == 0.003 and DEFAULTS["int4"].perplexity == 0.01
+
+
+def test_a_folder_with_two_gguf_files_is_refused(folder: Path, tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match="2 GGUF files; name one"):
+        check(folder, tmp_path)
