@@ -148,6 +148,7 @@ class DeepseekV3Config(PreTrainedConfig):
         validation.check_ranges(self)
         validation.check_labels(kwargs.get("torch_dtype"), self.id2label, kwargs.get("num_labels"))
         validation.check_labels(self.dtype, self.id2label, kwargs.get("num_labels"))
+        validation.check_quantization(kwargs.get("quantization_config"))
         for field in validation.FLOAT_RANGES:  # stock refuses `"routed_scaling_factor": 1`, so save it as 1.0
             setattr(self, field, float(getattr(self, field)))
         super().__post_init__(**kwargs)
@@ -177,11 +178,18 @@ class DeepseekV3Config(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build from the content of a `config.json`; `kwargs` override it and are validated with it."""
-        untrusted.check_file_content(config_dict)
-        result = super().from_dict(dict(config_dict), **kwargs)
-        config = result[0] if isinstance(result, tuple) else result
-        config.validate()  # the base class sets the overrides after its own validation
+        with untrusted.naming_file(kwargs.get("name_or_path")):  # which AutoConfig passes
+            untrusted.check_file_content(config_dict)
+            result = super().from_dict(dict(config_dict), **kwargs)
+            config = result[0] if isinstance(result, tuple) else result
+            config.validate()  # the base class sets the overrides after its own validation
         return result
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class; a `ConfigError` names the file or repository, too."""
+        with untrusted.naming_file(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:

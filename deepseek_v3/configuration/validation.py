@@ -10,6 +10,8 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 
+from .patterns import is_name, pattern_problem
+
 
 class ConfigError(StrictDataclassError, ValueError):
     """A configuration value that cannot be used: names the field, what was found and what is allowed."""
@@ -54,6 +56,10 @@ CHOICES: dict[str, tuple] = {
     "moe_layer_freq": (1,),
     "hidden_act": ("silu",),
 }
+# Over all layers; DeepSeek-V3 has 15,104. Three tensors each must have a name, a shape and a place in a file.
+MAX_EXPERTS = 2**17
+MAX_LABELS = 2**17  # ICD-10-CM has 74,000 codes
+MAX_PATTERNS = 1000  # regular expressions in a quantization_config; names are not counted
 NULLABLE = {"q_lora_rank", "pretraining_tp"}
 DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
@@ -81,7 +87,7 @@ ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
 def fail(field: str, found: Any, allowed: str) -> ConfigError:
     """Build the one error message of this room: `field: found X, allowed Y`."""
     text = repr(found)
-    return ConfigError(f"{field}: found {text if len(text) <= 80 else text[:77] + '...'}, allowed {allowed}")
+    return ConfigError(f"{field:.200}: found {text if len(text) <= 80 else text[:77] + '...'}, allowed {allowed}")
 
 
 def allowed_values(field: str) -> str | None:
@@ -96,7 +102,8 @@ def allowed_values(field: str) -> str | None:
     return None
 
 
-def _is_number(value: Any, kind: type | tuple = (int, float)) -> bool:
+def is_number(value: Any, kind: type | tuple = (int, float)) -> bool:
+    """Whether `value` is of `kind`; true and false are not numbers."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
@@ -107,7 +114,7 @@ def check_ranges(config: Any) -> None:
             value = getattr(config, field)
             if value is None and field in NULLABLE:
                 continue
-            if not _is_number(value, kind) or not low <= value <= high:  # NaN fails every comparison
+            if not is_number(value, kind) or not low <= value <= high:  # NaN fails every comparison
                 raise fail(field, value, str(allowed_values(field)))
     for field, choices in CHOICES.items():
         if getattr(config, field) not in choices:
@@ -126,6 +133,10 @@ def check_attention(config: Any) -> None:
 def check_routing(config: Any) -> None:
     """Group-limited top-k routing (section 2.1.2) must be able to pick its experts."""
     experts, groups = config.n_routed_experts, config.n_group
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers - config.first_k_dense_replace
+    if experts * layers > MAX_EXPERTS:
+        allowed = f"at most {MAX_EXPERTS} / {layers} MoE layers = {MAX_EXPERTS // layers}"
+        raise fail("n_routed_experts", experts, allowed)
     if experts % groups:
         raise fail("n_group", groups, f"a divisor of n_routed_experts = {experts}")
     if groups > 1 and experts // groups < 2:
@@ -143,7 +154,7 @@ def check_token_ids(config: Any) -> None:
     for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
         ids = getattr(config, field)
         for token in ids if isinstance(ids, list) else [ids]:
-            if token is not None and not (_is_number(token, int) and 0 <= token < config.vocab_size):
+            if token is not None and not (is_number(token, int) and 0 <= token < config.vocab_size):
                 raise fail(field, ids, f"from 0 to vocab_size - 1 = {config.vocab_size - 1}, or null")
 
 
@@ -167,7 +178,7 @@ def check_rope(rope: Any) -> None:
         if key in ROPE_RANGES and value is not None:
             low, high = ROPE_RANGES[key]
             integer = isinstance(low, int)
-            if not _is_number(value, int if integer else (int, float)) or not low <= value <= high:
+            if not is_number(value, int if integer else (int, float)) or not low <= value <= high:
                 noun = "an integer" if integer else "a number"
                 raise fail(f"rope_parameters['{key}']", value, f"{noun} from {low:g} to {high:g}")
     slow, fast = rope.get("beta_slow") or 1, rope.get("beta_fast") or 32  # YaRN's own defaults
@@ -203,12 +214,43 @@ def check_labels(dtype: Any, id2label: Any, num_labels: Any) -> None:
     named = isinstance(dtype, str) and dtype in DTYPES
     if dtype is not None and not named and type(dtype).__name__ != "dtype":
         raise fail("dtype", dtype, "one of " + ", ".join(DTYPES))
-    if num_labels is not None and not (_is_number(num_labels, int) and 0 <= num_labels <= 2**20):
-        raise fail("num_labels", num_labels, f"an integer from 0 to {2**20}")
+    if num_labels is not None and not (is_number(num_labels, int) and 0 <= num_labels <= MAX_LABELS):
+        raise fail("num_labels", num_labels, f"an integer from 0 to {MAX_LABELS}")
     if id2label is not None and not (
-        isinstance(id2label, dict) and all(_is_number(key, int) or str(key).isdecimal() for key in id2label)
+        isinstance(id2label, dict)
+        and len(id2label) <= MAX_LABELS
+        and all(is_number(key, int) or str(key).isdecimal() and len(str(key)) < 10 for key in id2label)
     ):
-        raise fail("id2label", id2label, "an object from label numbers to names")
+        raise fail("id2label", id2label, f"an object from label numbers to names, at most {MAX_LABELS}")
+
+
+def check_quantization(value: Any) -> None:
+    """Check the form of a file's `quantization_config`; whether its method can be read is decided at loading.
+
+    Its lists of modules are matched against the name of every module, as regular expressions by some readers.
+    """
+    if value is None or hasattr(value, "quant_method"):  # an object comes from the caller
+        return
+    if not isinstance(value, dict):
+        raise fail("quantization_config", value, "an object or null")
+    method = value.get("quant_method")
+    if not isinstance(method, str):
+        raise fail("quantization_config['quant_method']", method, "the name of a method")
+    stack: list[tuple[str, Any]] = [("quantization_config", value)]
+    patterns = 0
+    while stack:
+        where, item = stack.pop()
+        children = item.items() if isinstance(item, dict) else (("", child) for child in item)
+        for key, child in children:
+            if isinstance(child, dict | list):
+                stack.append((f"{where}[{key!r:.40}]" if key else where, child))
+            elif isinstance(item, list) and isinstance(child, str):
+                pattern = child.removeprefix("re:")
+                patterns += not is_name(pattern)
+                if patterns > MAX_PATTERNS:
+                    raise fail(where, child, f"at most {MAX_PATTERNS} patterns")
+                if problem := pattern_problem(pattern):
+                    raise fail(where, child, f"no pattern with {problem}")
 
 
 def raise_value_errors(cls: type) -> type:

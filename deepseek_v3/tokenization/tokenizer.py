@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from .chat_template import CHAT_TEMPLATE
-from .files import check_tokenizer_file, read_json
+from .files import check_template_file, check_tokenizer_config, check_tokenizer_file, read_json
 from .fim import fim_text
+from .templates import from_file, with_limits
 from .vocabulary import BOS, EOS, FIM_BEGIN, FIM_END, FIM_HOLE, PAD, build_post_processor
 
 _STOCK_CLASS = "PreTrainedTokenizerFast"  # the one name that transformers 4 and 5 both resolve without this package
@@ -29,7 +30,8 @@ class DeepseekV3Tokenizer(PreTrainedTokenizerFast):
       stop. A missing or EOS padding token becomes `<｜▁pad▁｜>` where the vocabulary has it, unless `pad_token` is
       passed (at every load). `padding_side` is left unless the folder says otherwise: new tokens must
       follow text, not padding.
-    - **Chat template.** A folder's own is kept; without one it is `CHAT_TEMPLATE`.
+    - **Chat template.** A folder's own is kept; without one it is `CHAT_TEMPLATE`. A folder's own that is not
+      DeepSeek's is rendered with limited time and memory (see `templates`).
     - **Checks.** Damaged or hostile files are a `ValueError` that names the file.
 
     Text with a lone surrogate (half a UTF-16 pair) has no UTF-8 form; encoding it is an error, never a silent loss.
@@ -84,6 +86,8 @@ class DeepseekV3Tokenizer(PreTrainedTokenizerFast):
             tokens.append((getattr(self, name), getattr(self, f"{name}_id")) if wanted else None)
         self.backend_tokenizer.post_processor = build_post_processor(*tokens)
 
+    apply_chat_template = with_limits(PreTrainedTokenizerFast.apply_chat_template)
+
     def encode_fim(
         self, prefix: str, suffix: str, middle: str | None = None, add_special_tokens: bool = True
     ) -> list[int]:
@@ -119,7 +123,7 @@ class DeepseekV3Tokenizer(PreTrainedTokenizerFast):
         """
         config_file = Path(pretrained_model_name_or_path, "tokenizer_config.json")
         if config_file.is_file():  # stock reads it before anything of ours runs
-            read_json(config_file)
+            check_tokenizer_config(config_file)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
@@ -134,13 +138,21 @@ class DeepseekV3Tokenizer(PreTrainedTokenizerFast):
             )
         check_tokenizer_file(file)
         config_file = resolved_vocab_files.get("tokenizer_config_file")
-        config = read_json(config_file) if config_file else {}
+        config = check_tokenizer_config(config_file) if config_file else {}
+        for key, path in resolved_vocab_files.items():
+            if path is not None and key.startswith("chat_template"):
+                check_template_file(path)
+            elif path is not None and key in ("special_tokens_map_file", "added_tokens_file"):
+                read_json(path)
         for key in ("add_bos_token", "add_eos_token"):
             if kwargs.get(key) is None and isinstance(config.get(key), bool):
                 kwargs[key] = config[key]
         kwargs["pad_token_is_chosen"] = "pad_token" in kwargs
         try:
-            return super()._from_pretrained(resolved_vocab_files, pretrained_model_name_or_path, *args, **kwargs)
+            tokenizer = super()._from_pretrained(resolved_vocab_files, pretrained_model_name_or_path, *args, **kwargs)
+            if kwargs.get("chat_template") is None:
+                tokenizer.chat_template = from_file(tokenizer.chat_template)
+            return tokenizer
         except OSError:
             raise
         except BaseException as error:
