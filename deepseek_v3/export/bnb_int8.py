@@ -1,4 +1,4 @@
-"""`bnb-int8`: bitsandbytes' LLM.int8(), as its `Linear8bitLt` saves it, for every linear layer and every single expert.
+"""`bnb-int8`: bitsandbytes' LLM.int8(), as its `Linear8bitLt` saves it, for linear layers and every single expert.
 
 `X.weight` is int8 `[out, in]`; `X.SCB` fp32 `[out]`, the largest magnitude of each row, which code 127 stands for;
 `X.weight_format` uint8, 0 for rows. What is not quantized is bf16.

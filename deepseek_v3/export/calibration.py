@@ -92,9 +92,15 @@ class Calibration:
         rows: `input_ids` and `position_ids`, `[R, S]` int64.
         names: official names of the weights to quantize.
         fit: makes the function that quantizes a weight from the second moment of its inputs.
+
+    Raises:
+        ValueError: rows with a token that the model does not have.
     """
 
     def __init__(self, source: Source, rows: dict[str, torch.Tensor], names: Collection[str], fit: Fit) -> None:
+        largest, allowed = int(rows["input_ids"].max()), source.config.vocab_size
+        if largest >= allowed:
+            raise ValueError(f"{source.folder}: its tokenizer gives id {largest}, allowed are ids below {allowed}")
         self._source, self._rows, self._names, self._fit = source, rows, frozenset(names), fit
         self._config = copy.deepcopy(source.config)
         self._config._attn_implementation = "sdpa"

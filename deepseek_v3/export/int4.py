@@ -62,6 +62,7 @@ def steps(source: Source, options: Options) -> list[Step]:
         _check_groups(name, source.shape(name)[1], options.group_size)
     calibration: Calibration | None = None
     if options.method in CALIBRATED:
+        calibration_rows.cache_clear()  # it is for this one export: the text may have changed since the last
         rows, _ = _rows(source, options)
         fit = CALIBRATED[options.method]
         calibration = Calibration(source, rows, chosen, lambda moment: fit(moment, options.group_size))

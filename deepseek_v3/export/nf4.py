@@ -1,4 +1,4 @@
-"""`nf4`: bitsandbytes' 4-bit NormalFloat, as its `Linear4bit` saves it, for every linear layer and every single expert.
+"""`nf4`: bitsandbytes' 4-bit NormalFloat, as its `Linear4bit` saves it, for linear layers and every single expert.
 
 `X.weight` is uint8 `[ceil(out in / 2), 1]`, `X.weight.absmax` a scale per 64 elements in row order, and
 `X.weight.quant_state.bitsandbytes__nf4` a JSON record. With double quantization the scales are 8-bit codes, which

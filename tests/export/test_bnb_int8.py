@@ -1,4 +1,4 @@
-"""LLM.int8() files against bitsandbytes' own functions, read back by us and, as far as it can, by stock transformers."""
+"""LLM.int8() files against bitsandbytes' own functions, read back by us and, in part, by stock transformers."""
 
 import shutil
 from pathlib import Path

@@ -151,6 +151,13 @@ def test_activations_that_are_not_finite(source) -> None:
         walk.advance()
 
 
+def test_token_that_the_model_lacks(source) -> None:
+    text = rows()
+    text["input_ids"][0, 0] = 97
+    with pytest.raises(ValueError, match="its tokenizer gives id 97, allowed are ids below 97"):
+        Calibration(source, text, [], no_quantizer)
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of forty documents, each of a word of its own, and a folder with a tokenizer."""

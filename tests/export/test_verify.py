@@ -75,6 +75,38 @@ def test_bf16_rounds_and_fp8_rounds_more(folder: Path) -> None:
     assert half["bits_per_byte"]["reference"] == eight["bits_per_byte"]["reference"]
 
 
+@pytest.mark.parametrize(
+    "form, options, error",
+    [
+        ("int4", {"method": "rtn", "group_size": 32}, (0.05, 0.15)),
+        ("int8", {}, (0.004, 0.012)),
+        ("nf4", {}, (0.06, 0.12)),
+        ("bnb-int8", {}, (0.004, 0.012)),
+    ],
+)
+def test_packed_formats_are_recognized_and_run(
+    form: str, options: dict[str, Any], error: tuple[float, float], folder: Path, tmp_path: Path
+) -> None:
+    export(folder / "model", tmp_path / form, form, progress=False, **options)
+    report = check(folder, tmp_path / form, thresholds=Thresholds(error[1], 1.0, 0.3, 1.0, 1.0))
+    assert report["format"] == form and report["weights"] == "packed" and report["failures"] == []
+    assert error[0] < report["tensors"]["routed experts"]["relative_error"]
+    assert report["tensors"]["router"]["relative_error"] < 0.0025
+    assert report["bytes"]["export"] < 0.6 * report["bytes"]["reference"]
+
+
+def test_gguf_runs_as_plain_matrices_of_its_weights(folder: Path) -> None:
+    export(folder / "model", folder / "gguf", "gguf", quantization="Q8_0", progress=False)
+    report = check(folder, "gguf", thresholds=LOOSE)
+    assert report["failures"] == [] and report["format"] == "gguf" and report["weights"] == "dequantized"
+    assert report["tensors"]["norms"]["relative_error"] == report["tensors"]["router"]["relative_error"] == 0
+    assert 0.003 < report["tensors"]["attention"]["relative_error"] < 0.01  # 32 weights a scale, codes up to 127
+    assert report["bytes"]["export"] == sum(file.stat().st_size for file in (folder / "gguf").glob("*.gguf"))
+    assert (folder / "gguf" / "verify.json").is_file()
+    file = next((folder / "gguf").glob("*.gguf"))
+    assert check(folder, file, thresholds=LOOSE)["kl"] == report["kl"]
+
+
 def test_dequantized_matrices_give_the_same_logits(folder: Path) -> None:
     """Official FP8 is dequantized at loading, so that both ways compute from the same matrices."""
     packed = check(folder, "fp8", thresholds=LOOSE)

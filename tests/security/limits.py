@@ -1,6 +1,7 @@
 """Runs one load in a forked child with limited memory and time, and says how it ended."""
 
 import faulthandler
+import gc
 import json
 import os
 import resource
@@ -60,6 +61,7 @@ def _child(load: Callable[[], Any]) -> Outcome:
 def limited(load: Callable[[], Any]) -> Outcome:
     """Call `load` in a fork of this process. A child that dies or outlives `WALL_SECONDS` is an outcome, too."""
     reader, writer = os.pipe()
+    gc.freeze()  # the child's collector leaves the parent's objects, and with them its pages, alone
     pid = os.fork()
     if pid == 0:
         os.close(reader)
@@ -70,6 +72,7 @@ def limited(load: Callable[[], Any]) -> Outcome:
             faulthandler.disable()
             json.dump(_child(load), pipe)
         os._exit(0)
+    gc.unfreeze()
     os.close(writer)
     with os.fdopen(reader) as pipe:
         ready, _, _ = select.select([pipe], [], [], WALL_SECONDS)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from deepseek_v3.configuration.patterns import pattern_problem
+from deepseek_v3.export import export
 from deepseek_v3.export.source import Source
 from tests.modeling_deepseek_v3.helpers import tiny_config
 from tests.security.conftest import edit
@@ -81,10 +82,15 @@ def test_configuration_is_refused_soon(name: str, folder) -> None:
         del content["rope_parameters"], content["rope_theta"]
     (folder / "config.json").write_text(json.dumps(content))
     assert_refused(limited(load(folder)), folder, message)
-    if name not in ("labels", "label names", "label number"):  # of the exporter's concern are the tensors only
-        assert_refused(limited(lambda: Source(folder)), folder)
 
 
+@pytest.mark.parametrize("name", ["experts of no file", "layers of no file", "10^6 layers", "largest width", "kernel"])
+def test_an_export_refuses_the_configuration_soon(name: str, folder) -> None:
+    edit(folder / "config.json", **CONFIGS[name][0])
+    assert_refused(limited(lambda: Source(folder)), folder)
+
+
+@pytest.mark.slow
 def test_as_many_labels_as_allowed_are_cheap(folder) -> None:
     edit(folder / "config.json", num_labels=2**17)
     outcome = limited(lambda: DeepseekV3ForSequenceClassification.from_pretrained(folder))
@@ -189,6 +195,16 @@ def test_quantization_of_files_without_quantized_weights_is_cheap(name: str, fol
     assert_cheap(outcome)
 
 
+@pytest.mark.xfail(strict=True, reason="transformers asks the first tensor for its type; slices have none")
+def test_a_quantized_checkpoint_that_names_no_dtype_loads_or_is_refused(checkpoint, tmp_path) -> None:
+    export(checkpoint, tmp_path / "int8", "int8", progress=False)
+    content = json.loads((tmp_path / "int8" / "config.json").read_text())
+    del content["dtype"]
+    (tmp_path / "int8" / "config.json").write_text(json.dumps(content))
+    outcome = limited(load(tmp_path / "int8"))
+    assert outcome.loaded or "ValueError" in outcome.classes, str(outcome)
+
+
 # --- patterns ------------------------------------------------------------------------------------------------------
 
 PATTERNS = {
@@ -256,7 +272,7 @@ def test_pickles_do_not_run(name: str, folder) -> None:
     assert not (folder / "ran").exists()
 
 
-SMALL_OBJECTS = b'{"a": [' + b"[]," * 1_000_000 + b"[]]}"
+SMALL_OBJECTS = b'{"a": [' + b"[]," * 5_000_000 + b"[]]}"
 
 
 @pytest.mark.xfail(strict=True, reason="100 MB of header are parsed, however many objects that makes")
@@ -271,6 +287,16 @@ def test_an_index_of_many_small_objects_is_refused(folder) -> None:
     assert_refused(limited(load(folder)), folder / INDEX)
 
 
+@pytest.mark.parametrize("metadata", [True, [], {"format": 1}, {"format": None}], ids=str)
+@pytest.mark.xfail(strict=True, reason="weight_files skips __metadata__, and the library's error names no file")
+def test_a_header_with_other_metadata_is_refused(metadata, folder) -> None:
+    content = (folder / SINGLE).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]) | {"__metadata__": metadata}).encode()
+    (folder / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+    assert_refused(limited(load(folder)), folder / SINGLE, "__metadata__")
+
+
 @pytest.mark.parametrize("metadata", [{}, {"metadata": None}, {"metadata": []}], ids=str)
 @pytest.mark.xfail(strict=True, reason="weight_files does not check an index's metadata, and transformers trips on it")
 def test_an_index_with_other_metadata_loads_or_is_refused(metadata: dict, folder) -> None:
@@ -282,12 +308,12 @@ def test_an_index_with_other_metadata_loads_or_is_refused(metadata: dict, folder
 
 
 def test_a_file_of_tiny_tensors_is_read_within_the_limits(folder) -> None:
-    """Names are what a header costs: 50,000, half of what the 671B model has in all its files."""
+    """Names are what a header costs: 25,000, of the 91,991 that the 671B model has in 163 files."""
     entry = {"dtype": "U8", "shape": [], "data_offsets": [0, 1]}
-    entries = {f"model.layers.9.x{i}": {**entry, "data_offsets": [i, i + 1]} for i in range(50_000)}
+    entries = {f"model.layers.9.x{i}": {**entry, "data_offsets": [i, i + 1]} for i in range(25_000)}
     header = json.dumps(entries).encode()
     (folder / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header + b"0" * len(entries))
-    assert_refused(limited(load(folder)), folder, "50000 unexpected")
+    assert_refused(limited(load(folder)), folder, "25000 unexpected")
 
 
 @pytest.mark.xfail(strict=True, reason="no scan of the weights for NaN and infinity yet")

@@ -33,7 +33,10 @@ BOMBS = {
 }
 
 
-@pytest.mark.parametrize("name", BOMBS)
+SLOW = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("doubling", "power", "centred"))) for name in BOMBS]
+
+
+@pytest.mark.parametrize("name", SLOW)
 def test_templates_that_need_too_much_are_stopped(name: str, folder, monkeypatch) -> None:
     monkeypatch.setattr(templates, "RENDER_SECONDS", 1)
     templates._RENDERER.stop()
