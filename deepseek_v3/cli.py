@@ -105,8 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
     push = commands.add_parser(
         "push",
         help="publish a folder on the Hub, checked before and after",
-        description="Upload DIR: allowed files only, after a search for secrets, and compare the hashes afterwards. The "
-        "same command goes on with an interrupted upload.",
+        description="Upload DIR: allowed files only, after a search for secrets, and compare the hashes afterwards. "
+        "The same command goes on with an interrupted upload.",
     )
     push.add_argument("folder", metavar="DIR", help="a checkpoint, an adapter or an export, with its card")
     push.add_argument("repository", metavar="REPO", help="name or namespace/name")
@@ -283,7 +283,8 @@ def _evaluate(args: argparse.Namespace) -> int:
             print(f"  {anchor:<24}bits_per_byte {bits:.3f}")
     if "throughput" in record:
         speed = record["throughput"]
-        print(f"{speed['decode_tokens_per_second']:.1f} tokens/s decoding, {speed['clock']}, {speed['threads']} threads")
+        rate = f"{speed['decode_tokens_per_second']:.1f} tokens/s"
+        print(f"decoding {rate}, {speed['clock']}, {speed['threads']} threads")
     print(f"{record['peak_memory_bytes'] / 2**20:,.0f} MiB at most; wrote evaluation.json into {args.checkpoint}")
     return 0
 

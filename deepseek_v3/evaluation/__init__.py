@@ -4,8 +4,7 @@
 `tasks` needs the extras `train` and `peft`, and only `harness` needs `eval`.
 """
 
-from .record import evaluation_lines
 from .run import evaluate
 from .text import read_text
 
-__all__ = ["evaluate", "evaluation_lines", "read_text"]
+__all__ = ["evaluate", "read_text"]

@@ -1,27 +1,28 @@
-"""INT4 weights chosen with their inputs in view: scales of least squared error, and GPTQ (arXiv 2210.17323).
+"""INT4 weights better than those rounded to nearest: scales of least squared error, and GPTQ (arXiv 2210.17323).
 
-The inputs are known by their second moment `H = X^T X` `[K, K]`, since the squared error of the output is
-`tr((W - Q) H (W - Q)^T)`. Q lies on the grid of `kernels.int4`: `code * scale` with codes -8..7 and one scale for each
-group of consecutive inputs.
+GPTQ has the weights' inputs in view. They are known by their second moment `H = X^T X` `[K, K]`, since the squared
+error of the output is `tr((W - Q) H (W - Q)^T)`. Q lies on the grid of `kernels.int4`: `code * scale` with codes -8..7
+and one scale for each group of consecutive inputs.
 
 Shape legend: N outputs, K inputs, G groups.
 """
 
 import torch
 
+from ..kernels.int4 import quantize_int4
+
 DAMPING = 0.01  # of the mean diagonal of H, added to the diagonal
 BLOCK = 128  # inputs whose corrections reach the inputs after them in one product
 SHRINKAGE = torch.linspace(1.0, 0.5, 26).tolist()  # of max|w| / 7.5: the scales that are tried
 
 
-def search_scales(weight: torch.Tensor, group_size: int, importance: torch.Tensor | None = None) -> torch.Tensor:
+def search_scales(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     """For each group the scale, of `SHRINKAGE` below `max|w| / 7.5`, with the least squared error after rounding.
 
-    `weight [..., N, K]` floating point, `importance [K]` weighs the errors (equally if None) -> `[..., N, G]` in the
-    weight's dtype, to which the scales are rounded before they are compared.
+    `weight [..., N, K]` floating point -> `[..., N, G]` in the weight's dtype, to which the scales are rounded before
+    they are compared.
     """
     groups = weight.float().unflatten(-1, (-1, group_size))
-    weighting = 1.0 if importance is None else importance.float().unflatten(-1, (-1, group_size))
     widest = groups.abs().amax(-1) / 7.5
     least = torch.full_like(widest, torch.inf)
     scale = torch.empty_like(widest, dtype=weight.dtype)
@@ -29,7 +30,7 @@ def search_scales(weight: torch.Tensor, group_size: int, importance: torch.Tenso
         candidate = (widest * factor).to(weight.dtype)
         candidate = candidate.masked_fill(candidate == 0, torch.finfo(candidate.dtype).eps)  # as quantize_int4
         step = candidate.float()[..., None]
-        error = (round_to_grid(groups, step).mul_(step).sub_(groups).square_().mul_(weighting)).sum(-1)
+        error = round_to_grid(groups, step).mul_(step).sub_(groups).square_().sum(-1)
         scale = torch.where(error < least, candidate, scale)
         least = torch.minimum(least, error)
     return scale
@@ -60,20 +61,20 @@ def inverse_factor(moment: torch.Tensor) -> torch.Tensor:
 class Gptq:
     """GPTQ for all weights whose inputs have the second moment `moment [K, K]`; one factorisation serves them.
 
-    The scales come first, from the original weights. So the inputs can be rounded in any order, and are in that of
-    falling power, while groups stay groups of consecutive inputs: no `g_idx` is needed.
+    The scales are those of `quantize_int4`: with scales of least squared error, which clip the largest weights, the
+    model's KL divergence measures higher. They come first, from the original weights. So the inputs can be rounded in
+    any order, and are in that of falling power, while groups stay groups of consecutive inputs: no `g_idx` is needed.
     """
 
     def __init__(self, moment: torch.Tensor, group_size: int) -> None:
         moment = damped(moment)
         self._group_size = group_size
-        self._importance = moment.diagonal()
         self._order = moment.diagonal().argsort(descending=True, stable=True)
         self._factor = inverse_factor(moment[self._order][:, self._order]).float()
 
     def __call__(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`weight [N, K]` -> codes `[N, K]` fp32, scale `[N, G]` in the weight's dtype."""
-        scale = search_scales(weight, self._group_size, self._importance)
+        _, scale = quantize_int4(weight, self._group_size)
         columns = spread(scale, weight.shape[1])[:, self._order]
         codes = torch.empty_like(columns)
         codes[:, self._order] = round_in_turn(weight.float()[:, self._order], columns, self._factor)

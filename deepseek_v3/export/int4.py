@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..kernels.int4 import GROUP_SIZES, quantize_int4
+from ..kernels.int4 import GROUP_SIZES, pack_int4, quantize_int4
 from . import compressed
 from .calibration import Calibration, Quantize, calibration_rows
 from .gptq import Gptq, round_to_grid, search_scales, spread
@@ -84,7 +84,7 @@ def _step(name: str, source: Source, options: Options, calibration: Calibration 
     def run(read: Read) -> Iterable[torch.Tensor]:
         if calibration is not None:
             codes, scale = calibration.take(name)
-            packed = pack(codes)
+            packed = pack_int4(codes)
         else:
             packed, scale = PLAIN[options.method](read(name).to(torch.bfloat16), options.group_size)
         return packed, scale, torch.tensor((rows, columns))
@@ -95,16 +95,10 @@ def _step(name: str, source: Source, options: Options, calibration: Calibration 
 def quantize_mse(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """As `quantize_int4`, with the scales of `search_scales`."""
     scale = search_scales(weight, group_size)
-    return pack(round_to_grid(weight.float(), spread(scale, weight.shape[1]))), scale
+    return pack_int4(round_to_grid(weight.float(), spread(scale, weight.shape[1]))), scale
 
 
 PLAIN = {"rtn": quantize_int4, "mse": quantize_mse}
-
-
-def pack(codes: torch.Tensor) -> torch.Tensor:
-    """Codes -8..7 `[N, K]` -> int32 `[N, K / 8]`."""
-    nibbles = (codes.to(torch.int32) + 8).unflatten(-1, (-1, 8))
-    return (nibbles << torch.arange(0, 32, 4)).sum(-1, dtype=torch.int32)
 
 
 def _check_groups(name: str, inputs: int, group_size: int) -> None:

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_v3.export import Source, export, learned_scales
 from deepseek_v3.export.calibration import Calibration, calibration_rows
-from deepseek_v3.export.int4 import pack
-from deepseek_v3.kernels.int4 import quantize_int4
+from deepseek_v3.kernels.int4 import pack_int4, quantize_int4
 from deepseek_v3.tokenization import train_tokenizer
 from tests.clients.environments import run_client
 from tests.export.helpers import config_json, read_tensors
@@ -93,8 +92,8 @@ def test_rounding_to_nearest_is_the_kernels(checkpoint: Path, tmp_path: Path) ->
 def test_pack() -> None:
     codes = torch.arange(-8, 8).repeat(3, 4)[:, torch.randperm(64)]
     scale = torch.ones(3, 2)
-    assert np.array_equal(unpacked(pack(codes), scale), codes.numpy())
-    assert torch.equal(pack(codes.float()), pack(codes.to(torch.int8)))
+    assert np.array_equal(unpacked(pack_int4(codes), scale), codes.numpy())
+    assert torch.equal(pack_int4(codes.float()), pack_int4(codes.to(torch.int8)))
 
 
 def test_gptq_keeps_the_output_on_the_text(checkpoint: Path, tmp_path: Path) -> None:

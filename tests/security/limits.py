@@ -42,12 +42,10 @@ def _status(field: str) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
 
-def _child(load: Callable[[], Any]) -> Outcome:
+def measured(load: Callable[[], Any]) -> Outcome:
+    """Call `load` in this process, for readers that neither allocate nor call a library."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before, limit = _status("VmRSS"), _status("VmSize") + ADDRESS_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    warnings.simplefilter("ignore")
+    before = _status("VmRSS")
     classes, message = [], ""
     start = time.process_time()
     try:
@@ -56,6 +54,14 @@ def _child(load: Callable[[], Any]) -> Outcome:
         classes = [cls.__name__ for cls in type(error).__mro__]
         message = str(error)
     return Outcome(classes, message[:20_000], time.process_time() - start, _status("VmHWM") - before)
+
+
+def _child(load: Callable[[], Any]) -> Outcome:
+    limit = _status("VmSize") + ADDRESS_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    warnings.simplefilter("ignore")
+    return measured(load)
 
 
 def limited(load: Callable[[], Any]) -> Outcome:

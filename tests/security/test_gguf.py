@@ -12,7 +12,7 @@ from deepseek_v3.conversion.gguf_header import read_head
 from deepseek_v3.export import export
 from deepseek_v3.export.gguf_source import GGUFSource
 from tests.security.files import patched, position, write_llama
-from tests.security.limits import assert_cheap, assert_refused, limited
+from tests.security.limits import assert_cheap, assert_refused, limited, measured
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_a_head_is_refused_by_the_reader_of_sources(name: str, llama, tmp_path) 
 def test_a_head_is_refused_by_the_reader_of_exports(name: str, exported, tmp_path) -> None:
     damage, message = HEADS[name]
     (tmp_path / "bad.gguf").write_bytes(damage(exported))
-    assert_refused(limited(lambda: GGUFSource(tmp_path / "bad.gguf")), tmp_path / "bad.gguf", message)
+    assert_refused(measured(lambda: GGUFSource(tmp_path / "bad.gguf")), tmp_path / "bad.gguf", message)
 
 
 LLAMA = {
@@ -115,7 +115,7 @@ V3 = {
 def test_sizes_of_an_export_are_refused(key: str, value: int, exported, tmp_path) -> None:
     content = patched(exported, position(exported, f"deepseek2.{key}") + 4, "I", value)
     (tmp_path / "bad.gguf").write_bytes(content)
-    assert_refused(limited(lambda: GGUFSource(tmp_path / "bad.gguf")), tmp_path / "bad.gguf")
+    assert_refused(measured(lambda: GGUFSource(tmp_path / "bad.gguf")), tmp_path / "bad.gguf")
 
 
 def test_another_architecture_is_refused_before_it_is_loaded(llama, exported, tmp_path) -> None:
@@ -123,7 +123,7 @@ def test_another_architecture_is_refused_before_it_is_loaded(llama, exported, tm
     file.write_bytes(exported)
     assert_refused(limited(lambda: load_source(file)), file, "general.architecture is 'deepseek2', allowed 'llama'")
     file.write_bytes(llama)
-    assert_refused(limited(lambda: GGUFSource(file)), file, "general.architecture is 'llama'")
+    assert_refused(measured(lambda: GGUFSource(file)), file, "general.architecture is 'llama'")
 
 
 def test_a_token_of_megabytes_is_cheap(llama, tmp_path) -> None:
@@ -132,4 +132,4 @@ def test_a_token_of_megabytes_is_cheap(llama, tmp_path) -> None:
     text = b"x" * 10_000_000
     file: Path = tmp_path / "long.gguf"
     file.write_bytes(llama[:at] + struct.pack("<Q", len(text)) + text + llama[at + 8 + length :])
-    assert_cheap(limited(lambda: read_head(file)))
+    assert_cheap(measured(lambda: read_head(file)))

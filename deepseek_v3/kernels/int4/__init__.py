@@ -6,6 +6,7 @@ from ..dispatch import uses_triton
 from ..grouped import check_offsets
 from . import reference
 from .reference import CpuPacked
+from .reference import pack_int4 as pack_int4
 
 GROUP_SIZES = (32, 64, 128, 256)
 

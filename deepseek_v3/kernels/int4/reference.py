@@ -25,9 +25,13 @@ def quantize_int4(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, 
     groups = weight.to(torch.promote_types(weight.dtype, torch.float32)).unflatten(-1, (-1, group_size))
     scale = (groups.abs().amax(-1) / 7.5).to(weight.dtype)
     scale = scale.masked_fill(scale == 0, torch.finfo(scale.dtype).eps)  # as compressed-tensors does
-    values = (groups / scale[..., None]).round_().clamp_(-8, 7).flatten(-2)
-    nibbles = (values + 8).to(torch.int32).unflatten(-1, (-1, 8))
-    return (nibbles << torch.arange(0, 32, 4, device=weight.device)).sum(-1, dtype=torch.int32), scale
+    return pack_int4((groups / scale[..., None]).round_().clamp_(-8, 7).flatten(-2)), scale
+
+
+def pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    """Whole numbers -8..7 `[..., in]` -> int32 `[..., in / 8]`."""
+    nibbles = (codes + 8).to(torch.int32).unflatten(-1, (-1, 8))
+    return (nibbles << torch.arange(0, 32, 4, device=codes.device)).sum(-1, dtype=torch.int32)
 
 
 def dequantize_int4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
