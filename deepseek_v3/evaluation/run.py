@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from ..configuration import DeepseekV3Config
+from ..configuration import DeepseekV3Config, num_parameters
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from ..process import environment, say
 from .harness import harness_results
@@ -87,7 +87,9 @@ def evaluate(
     if lm_eval_tasks:
         record["lm_eval"] = harness_results(model, tokenizer, lm_eval_tasks, limit)
     record.setdefault("peak_memory_bytes", peak_memory_bytes(device))
-    record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    counted = num_parameters(config)  # packed weights count as what they stand for
+    further = sum(p.numel() for p in model.score.parameters()) - counted.head if classifier else counted.mtp
+    record["parameters"] = counted.total + further
     record |= {"environment": environment(device), "date": time.strftime("%Y-%m-%d")}
     write_record(folder / RECORD, record)
     return record
