@@ -312,11 +312,13 @@ def _generate(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from . import DeepseekV3ForCausalLM
+    from .tokenization import check_vocab
 
     logging.disable_progress_bar()
     model = DeepseekV3ForCausalLM.from_pretrained(args.checkpoint).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, trust_remote_code=False)
+    check_vocab(tokenizer, model.config.vocab_size)
     if args.chat:
         turn = [{"role": "user", "content": args.prompt}]
         inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True, return_tensors="pt")

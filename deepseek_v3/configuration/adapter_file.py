@@ -9,13 +9,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .patterns import pattern_problem
+from .patterns import is_name, pattern_problem
 from .untrusted import read_json
 from .validation import ConfigError, fail, is_number
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK = 1024
 MAX_NAMES = 2**14  # ten times the modules of DeepSeek-V3 that an adapter can have
+MAX_PATTERNS = 64
 MAX_ALPHA = 1e6
 TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION", None)
 LIBRARIES = ("transformers", "deepseek_v3")
@@ -61,8 +62,11 @@ def _check_patterns(field: str, value: Any) -> None:
     values = [value] if isinstance(value, str) else value
     if value is None:
         return
-    if not isinstance(values, list | dict) or len(values) > MAX_NAMES or not all(isinstance(v, str) for v in values):
+    kind = dict if field in _NUMBERS else list
+    if not isinstance(values, kind) or len(values) > MAX_NAMES or not all(isinstance(v, str) for v in values):
         raise fail(field, value, f"at most {MAX_NAMES} names or patterns")
+    if sum(not is_name(pattern) for pattern in values) > MAX_PATTERNS:
+        raise fail(field, value, f"at most {MAX_PATTERNS} patterns; the others must be names")
     for pattern in values:
         if problem := pattern_problem(pattern):
             raise fail(field, pattern, f"no pattern with {problem}")
@@ -117,15 +121,17 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_rslora": _BOOLEAN,
     "inference_mode": _BOOLEAN,
     # the others change the weights of the base, some by a decomposition of each
-    "init_lora_weights": _choice(True, False, "gaussian"),
+    "init_lora_weights": _choice(True, False, "gaussian", "orthogonal"),
     "layers_to_transform": (_is_layers, "layer numbers from 0 to 2047, or null"),
     "auto_mapping": (_is_mapping, f"null, or an object whose parent_library is of {' or '.join(LIBRARIES)}"),
     "base_model_name_or_path": _TEXT,
     "revision": _TEXT,
     "rank_pattern": _each(_RANK),
     "alpha_pattern": _each(_ALPHA),
+    "target_parameters": (lambda value: value is None or isinstance(value, list), "a list of names"),
 }
 _NAMES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern")
-_PATTERNS = (*_NAMES, "rank_pattern", "alpha_pattern")  # of the last two the keys
+_NUMBERS = ("rank_pattern", "alpha_pattern")  # their keys are patterns
+_PATTERNS = (*_NAMES, *_NUMBERS)
 _WITHOUT_EFFECT = ("peft_version", "megatron_core", "qalora_group_size", "runtime_config")
 _KEPT = {*_CHECKS, *_PATTERNS} - {"peft_type", "auto_mapping"}

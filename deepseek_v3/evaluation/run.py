@@ -43,7 +43,7 @@ def evaluate(
         anchors: also measure what the model has to beat: gzip, a 5-gram model, classical baselines.
 
     Returns:
-        The record, JSON-ready: `text`, `tasks`, `lm_eval` (source -> figures with `n` and interval), `throughput`,
+        The record, JSON-ready: `text`, `tasks`, `lm_eval` (name -> figures with `n` and interval), `throughput`,
         `peak_memory_bytes`, `parameters`, `environment`.
 
     Raises:
@@ -70,20 +70,24 @@ def evaluate(
     scored: dict[str, TextRows] = {}
     for source in () if classifier else text or ("stdlib",):
         rows = text_rows(read_text(source), tokenizer, min(length, config.max_position_embeddings), limit, seed)
+        if rows.text.name in scored:
+            raise ValueError(f"text {source!r}: found a second one called {rows.text.name!r}, allowed is one of a name")
         say(f"text {source}: {len(rows.chosen)} rows")
-        record["text"][source] = {**text_results(model, rows), "mtp_acceptance": mtp_acceptance(model, rows.prompts())}
-        scored[source] = rows
+        results = {**text_results(model, rows), "mtp_acceptance": mtp_acceptance(model, rows.prompts())}
+        record["text"][rows.text.name] = results
+        scored[rows.text.name] = rows
     if scored:
         record["throughput"] = throughput(model, next(iter(scored.values())).prompts(1)[0])
         record["peak_memory_bytes"] = peak_memory_bytes(device)  # the model's; the anchors' comes after it
-    for source, rows in scored.items() if anchors else ():
-        record["text"][source]["anchors_bits_per_byte"] = text_anchors(rows, tokenizer)
+    for name, rows in scored.items() if anchors else ():
+        record["text"][name]["anchors_bits_per_byte"] = text_anchors(rows, tokenizer)
     if tasks:
         from .tasks import task_results  # needs peft and scikit-learn
 
         for name in tasks:
             say(f"task {name}")
-            record["tasks"][name] = task_results(model, tokenizer, name, limit=limit, anchors=anchors)
+            called = name.partition("=")[0]
+            record["tasks"][Path(called).name] = task_results(model, tokenizer, name, limit=limit, anchors=anchors)
     if lm_eval_tasks:
         record["lm_eval"] = harness_results(model, tokenizer, lm_eval_tasks, limit)
     record.setdefault("peak_memory_bytes", peak_memory_bytes(device))

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,8 @@ def read_text(source: str) -> Text:
         (documents, licence), name = read_datasets(source, "text"), source
     else:
         documents, name = read_files(source, "text"), source
+        if Path(source).is_absolute():
+            name = Path(source).name  # records are published
     documents = [document for document in documents if document.text.strip()]
     if not documents:
         raise ValueError(f"text {source!r}: no document holds any text")

@@ -15,31 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..configuration.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from ..modeling_deepseek_v3.moe import EXPERT_WEIGHTS
-from ..modeling_deepseek_v3.weight_files import read_header, read_json
+from ..modeling_deepseek_v3.weight_files import read_header
 from .stored import PLAIN, Region, Stored, plain, regions
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 CLASSIFIER_HEADS = ("score.weight", "score.bias")
-# fields of adapter_config.json that do not change what the merged weights are
-HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode",
-    "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config",
-    "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision", "target_modules",
-    "target_parameters", "task_type",
-}  # fmt: skip
-UNDERSTOOD = {"alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_rslora"}
-# Others change the base's weights before the adapter is trained on them.
-ALLOWED = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal"),
-}
-# A stranger's patterns are matched with names: nothing that can take a regular expression long.
-_PATTERN = re.compile(r"[\w.\\|()^$+*-]{1,4000}")
-MAX_WILDCARDS = 4
-MAX_CONFIG_BYTES, MAX_PATTERNS = 2**20, 5000
 
 
 class Update(NamedTuple):
@@ -65,12 +47,7 @@ def base_folder(adapter: Path) -> Path:
 def _config(folder: Path) -> dict[str, Any]:
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"adapter: found {str(folder)!r}, allowed is a folder with {ADAPTER_CONFIG}")
-    if (size := (folder / ADAPTER_CONFIG).stat().st_size) > MAX_CONFIG_BYTES:
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: has {size:,} bytes, allowed are {MAX_CONFIG_BYTES:,}")
-    content = read_json(folder / ADAPTER_CONFIG)
-    if not isinstance(content, dict):
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: found {type(content).__name__}, allowed is an object")
-    return content
+    return read_adapter_config(folder)
 
 
 class Adapter:
@@ -92,12 +69,11 @@ class Adapter:
             ValueError: another variant than plain LoRA, or tensors that do not fit the base; names file and field.
         """
         self.folder = folder
-        config, where = _config(folder), folder / ADAPTER_CONFIG
-        _check_plain(config, where)
+        config = _config(folder)
         self.task_type: str | None = config.get("task_type")
         self._rslora = bool(config.get("use_rslora"))
-        self._ranks = _ByName(config, "rank_pattern", "r", where)
-        self._alphas = _ByName(config, "alpha_pattern", "lora_alpha", where)
+        self._ranks = _ByName(config, "rank_pattern", "r")
+        self._alphas = _ByName(config, "alpha_pattern", "lora_alpha")
         self._parameters = tuple(f".{target}" for target in config.get("target_parameters") or ())
         self.whole: dict[str, Stored] = {}
         self.updates: dict[str, Update] = {}
@@ -130,6 +106,8 @@ class Adapter:
                 key = name if self._is_parameter(name) else module
                 scaling = self._scaling(key, pair["lora_A"].shape[0])
                 self.updates[name] = Update(pair["lora_A"], pair["lora_B"], scaling, slice(None))
+        if not self.updates and not self.whole:
+            raise ValueError(f"{self._file}: holds no tensor, allowed are those of an adapter")
         self._factor = lru_cache(maxsize=2)(Region.read)  # of B, which all experts of a layer share
 
     def _add_experts(
@@ -180,7 +158,7 @@ class Adapter:
     def _scaling(self, key: str, rank: int) -> float:
         """What multiplies `B A` of the module or parameter `key`."""
         r, alpha = self._ranks[key], self._alphas[key]
-        if r != rank or not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        if r != rank or alpha is None:
             found = f"found rank {r!r:.50} and alpha {alpha!r:.50} for {key:.200}, whose factors have rank {rank}"
             raise ValueError(f"{self.folder / ADAPTER_CONFIG}: {found}")
         return alpha / (rank**0.5 if self._rslora else rank)
@@ -197,46 +175,13 @@ class Adapter:
         return torch.addmm(tensor.to(dtype), b, a, alpha=update.scaling).to(tensor.dtype)
 
 
-def _check_plain(config: dict[str, Any], where: Path) -> None:
-    targets = config.get("target_parameters") or []
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise ValueError(f"{where}: target_parameters is {targets!r:.100}, allowed is a list of names")
-    for field, allowed in ALLOWED.items():
-        if config.get(field, allowed[0]) not in allowed:
-            raise ValueError(f"{where}: {field} is {config[field]!r:.100}, allowed are {', '.join(map(str, allowed))}")
-    variants = config.keys() - HARMLESS - UNDERSTOOD - ALLOWED.keys()
-    for field in sorted(variants):
-        if config[field]:
-            raise ValueError(f"{where}: {field} is {config[field]!r:.100}, only plain LoRA can be merged")
-
-
 class _ByName:
     """A number for each module: that of the first pattern that fits its name, by PEFT's rule, or the default."""
 
-    def __init__(self, config: dict[str, Any], field: str, default: str, where: Path) -> None:
-        patterns = config.get(field) or {}
-        if not isinstance(patterns, dict) or len(patterns) > MAX_PATTERNS:
-            found = f"{type(patterns).__name__} of {len(patterns)}" if isinstance(patterns, dict | list) else patterns
-            raise ValueError(f"{where}: {field} is a {found!r:.100}, allowed is an object of at most {MAX_PATTERNS}")
+    def __init__(self, config: dict[str, Any], field: str, default: str) -> None:
         self.default = config.get(default)
-        self.patterns: list[tuple[re.Pattern[str], Any]] = []
-        for pattern, value in patterns.items():
-            if not _quick(pattern):
-                found = f"{field} has {pattern!r:.100}"
-                raise ValueError(f"{where}: {found}, allowed are names with at most a few wildcards")
-            self.patterns.append((re.compile(rf"(.*\.)?({pattern})$"), value))
+        patterns = config.get(field, {})
+        self.patterns = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
 
     def __getitem__(self, name: str) -> Any:
         return next((value for pattern, value in self.patterns if pattern.match(name)), self.default)
-
-
-def _quick(pattern: str) -> bool:
-    """Whether it is a regular expression that no name takes long to match."""
-    wildcards = len(re.findall(r"(?<!\\)[*+]", pattern))
-    if not _PATTERN.fullmatch(pattern) or wildcards > MAX_WILDCARDS or re.search(r"[)*+][*+]", pattern):
-        return False
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True

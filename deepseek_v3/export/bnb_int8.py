@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from transformers import BitsAndBytesConfig
 
-from . import compressed
-from .nf4 import bitsandbytes_layouts, chosen_weights, config_dict, quantized_step, skipped_modules
+from ..quantization.bitsandbytes_layouts import LLMInt8Rows, llm_int8_tensors
+from . import bnb, compressed
 from .source import Source
-from .steps import Step, cast, copy_step
+from .steps import Step, cast
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,12 @@ class Options:
 
 
 def steps(source: Source, options: Options) -> list[Step]:
-    layouts = bitsandbytes_layouts("bnb-int8")
-    layout = layouts.LLMInt8Rows()
-
     def quantize(weight: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
-        return layouts.llm_int8_tensors(cast(weight, torch.float16, name))  # bitsandbytes takes no other dtype
+        return llm_int8_tensors(cast(weight, torch.float16, name))  # bitsandbytes takes no other dtype
 
-    chosen = set(chosen_weights(source, options.targets))
-    return [
-        quantized_step(name, source, layout, quantize) if name in chosen else copy_step(name, source)
-        for name in source.names
-    ]
+    return bnb.steps(source, options.targets, LLMInt8Rows(), quantize)
 
 
 def quantization_config(source: Source, options: Options) -> dict | None:
-    chosen = chosen_weights(source, options.targets)
-    return config_dict(BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped_modules(source, chosen)))
+    skipped = bnb.skipped_modules(source, options.targets)
+    return bnb.config_dict(BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped))

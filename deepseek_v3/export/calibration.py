@@ -41,12 +41,12 @@ ATTENTION_STAGES = (("q_proj", "q_a_proj", "kv_a_proj_with_mqa"), ("q_b_proj",),
 
 @lru_cache(maxsize=1)
 def calibration_rows(
-    folder: Path, text: str, rows: int, length: int, seed: int
+    folder: Path | None, text: str, rows: int, length: int, seed: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Rows of training text, chosen at random, and their record for the report.
 
     Args:
-        folder: a checkpoint with a tokenizer.
+        folder: where the tokenizer is.
         text: a corpus, see `load_corpus`.
         rows, length: how many, and tokens of each.
 
@@ -57,8 +57,8 @@ def calibration_rows(
     Raises:
         ValueError: no tokenizer, a corpus that cannot be read, or too little text for that many rows.
     """
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"{folder}: no tokenizer.json, which a method with calibration needs; others are rtn and mse")
+    if folder is None:
+        raise ValueError("source: no tokenizer.json, which a method with calibration needs; others are rtn and mse")
     tokenizer = DeepseekV3Tokenizer.from_pretrained(folder)
     corpus = load_corpus(text)
     order = sample_order(len(corpus.train), seed, 0)
@@ -190,10 +190,10 @@ class Calibration:
 
     def _weight(self, name: str, quantize: Quantize | None) -> torch.Tensor:
         """The weight as the quantized model has it `[N, K]` fp32; what is to be quantized needs `quantize`."""
-        weight = self._source.read(name).to(self._device)
         if name not in self._names:
-            return weight.float()
+            return self._source.read(name).to(self._device, torch.float32)
         assert quantize is not None
+        weight = self._source.read_finite(name).to(self._device)
         codes, scale = quantize(weight.to(torch.bfloat16))
         self._found[name] = codes.to("cpu", torch.int8), scale.cpu()
         return codes * spread(scale, codes.shape[1])

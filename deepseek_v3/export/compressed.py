@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection
 
-from .source import Source
+from .source import CLASSIFIERS, Source
 from .steps import LINEAR
 
 TARGETS = ("experts", "linears")
@@ -29,20 +29,24 @@ def chosen_weights(source: Source, targets: str) -> list[str]:
     return [name for name in linears if ".kv_b_proj." not in name]
 
 
+def head_module(source: Source) -> str:
+    """The output layer, which is never quantized; a tied one has no tensor of its own."""
+    return "score" if source.config.architectures[0] in CLASSIFIERS.values() else "lm_head"
+
+
 def ignored_modules(source: Source, chosen: Collection[str]) -> list[str]:
-    """Names for `ignore`: every linear layer that stays as it is and every router by name, MTP layers by pattern."""
+    """Names for `ignore`: every linear layer that stays as it is, every router and the head by name, MTP layers by
+    pattern."""
     chosen = set(chosen)
-    heads = ("lm_head.weight", "score.weight")
     names = [
         name.removesuffix(".weight")
         for name in source.names
-        if (LINEAR.fullmatch(name) or name.endswith(GATE) or name in heads)
-        and name not in chosen
-        and not _is_mtp(source, name)
+        if (LINEAR.fullmatch(name) or name.endswith(GATE)) and name not in chosen and not _is_mtp(source, name)
     ]
     first = source.config.num_hidden_layers
     depths = source.config.num_nextn_predict_layers if any(_is_mtp(source, name) for name in source.names) else 0
-    return names + [rf"re:model\.layers\.{first + depth}\..*" for depth in range(depths)]
+    mtp = [rf"re:model\.layers\.{first + depth}\..*" for depth in range(depths)]
+    return [head_module(source), *names, *mtp]
 
 
 def quantization_config(

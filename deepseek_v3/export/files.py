@@ -165,9 +165,10 @@ class PartialFile:
         existing = self.path if self.path.exists() else self.partial
         if existing.exists():
             self._confirm(existing)
+        as_planned = self.done == len(self.plan.steps) and existing.stat().st_size == self.plan.n_bytes
         self._output = sum(len(step.outputs) for step in self.plan.steps[: self.done])
         self.journal.keep(self.plan.name, self.done)
-        if existing == self.path and self.done < len(self.plan.steps):
+        if existing == self.path and not as_planned:
             self.path.rename(self.partial)
         self.whole = self.path.exists()
         if not self.whole:
@@ -183,8 +184,10 @@ class PartialFile:
             self._file.close()
 
     def _confirm(self, file: Path) -> None:
-        running, position = hashlib.sha256(), 0
+        running, position = hashlib.sha256(self.plan.head), len(self.plan.head)
         with file.open("rb") as stream:
+            if stream.read(position) != self.plan.head:
+                return
             for line in self.journal.of(self.plan.name):
                 while position < line["end"] and (chunk := stream.read(min(CHUNK, line["end"] - position))):
                     running.update(chunk)

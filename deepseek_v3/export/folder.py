@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -16,16 +16,6 @@ from .source import Source
 from .steps import ROUTING_BIAS, Step
 
 PLAN, REPORT, LOCK = ".export.json", "export.json", ".lock"
-GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 RESERVE = 2**24  # bytes for the files beside the weights
 
 
@@ -86,7 +76,7 @@ def room_errors(folder: Path) -> Iterator[None]:
 
 
 def write_config(source: Source, folder: Path, dtype: torch.dtype, quantization: dict[str, Any] | None) -> None:
-    """`config.json`, complete for every reader, and `generation_config.json` if the source has one."""
+    """`config.json`, complete for every reader."""
     config = type(source.config).from_dict(source.config.to_dict())
     config.dtype = dtype
     if quantization is not None:
@@ -95,27 +85,30 @@ def write_config(source: Source, folder: Path, dtype: torch.dtype, quantization:
 
 
 def copy_companions(source: Source, folder: Path) -> None:
-    """The tokenizer, of the adapter if it has one, and the generation settings."""
-    folders = [source.folder] if source.adapter is None else [source.adapter.folder, source.folder]
-    for origin in folders:
-        if (origin / TOKENIZER_FILES[0]).is_file():
-            for name in TOKENIZER_FILES:
-                if (origin / name).is_file():
-                    shutil.copyfile(origin / name, folder / name)
-            break
-    if (source.folder / GENERATION_CONFIG).is_file():
-        shutil.copyfile(source.folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
+    for name, file in source.companions().items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / name)
+
+
+def published(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` with the names of absolute paths instead of the paths: a report goes along with the weights."""
+    return {
+        key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+        for key, value in record.items()
+    }
 
 
 def figures(source: Source, steps: Sequence[Step]) -> dict[str, Any]:
-    """Counts for the report."""
+    """Counts for the report, of what is written: a step without outputs drops its inputs."""
 
     def elements(names: Sequence[str]) -> int:
         return sum(prod(source.shape(name)) for name in names if not name.endswith(ROUTING_BIAS))
 
+    dropped = [name for step in steps if not step.outputs for name in step.inputs]
+    steps = [step for step in steps if step.outputs]
     quantized = [step for step in steps if step.quantized]
     in_quantized = elements([name for step in quantized for name in step.inputs])
-    parameters = elements(source.names)
+    parameters = elements([name for step in steps for name in step.inputs])
     return {
         "parameters": parameters,
         "quantized": {
@@ -128,6 +121,6 @@ def figures(source: Source, steps: Sequence[Step]) -> dict[str, Any]:
             "read": sum(len(step.inputs) for step in steps),
             "quantized": sum(len(step.inputs) for step in quantized),
             "written": sum(len(step.outputs) for step in steps),
-            "dropped": len(source.dropped),
+            "dropped": len(source.dropped) + len(dropped),
         },
     }

@@ -127,22 +127,20 @@ def _padded(data: torch.Tensor, output: Output) -> torch.Tensor:
 
 
 def files(source: Source, steps: Sequence[Step], options: Options) -> list[PlannedFile]:
-    """The one file, `NAME-QUANTIZATION.gguf` after the source's folder.
+    """The one file, `NAME-QUANTIZATION.gguf` after the source's folder, or that of the adapter which is merged.
 
     Raises:
         ValueError: no tokenizer, or one that llama.cpp would run differently.
     """
-    name = source.folder.resolve().name
+    name = (source.folder if source.adapter is None else source.adapter.folder).resolve().name
     return [plan_file(f"{name}-{options.quantization}.gguf", _head(source, options, name), steps)]
 
 
 def _head(source: Source, options: Options, name: str) -> bytes:
     """Everything before the first tensor, written by the gguf library."""
-    folders = [source.folder] if source.adapter is None else [source.adapter.folder, source.folder]
-    folder = next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None)
-    if folder is None:
+    if source.tokenizer_folder is None:
         raise ValueError(f"{source.folder}: has no tokenizer.json, which a GGUF file has to hold")
-    tokenizer = DeepseekV3Tokenizer.from_pretrained(folder)
+    tokenizer = DeepseekV3Tokenizer.from_pretrained(source.tokenizer_folder)
     check_vocab(tokenizer, source.config.vocab_size)
 
     with tempfile.TemporaryDirectory() as temporary:

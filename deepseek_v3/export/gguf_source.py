@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType, Keys
 from gguf.quants import dequantize
 
 from ..configuration import DeepseekV3Config
-from .gguf_header import read_header
+from ..gguf_header import TYPES, read_header
 from .gguf_metadata import ARCHITECTURE, block_count, read_config
 from .gguf_quantize import CHUNK, PLAIN, type_bytes
 from .gguf_tensors import HEAD, Place, join_kv_b, official_shapes, places
@@ -39,7 +39,7 @@ class GGUFSource:
         self.path = Path(path)
         if not self.path.is_file():
             raise ValueError(f"{self.path}: there is no such file")
-        self.metadata, self._tensors = read_header(self.path)
+        self.metadata, self._tensors, _ = read_header(self.path)
         architecture = self.metadata.get(Keys.General.ARCHITECTURE)
         if architecture != ARCHITECTURE:
             found = f"{Keys.General.ARCHITECTURE} is {architecture!r:.100}"
@@ -85,7 +85,7 @@ class GGUFSource:
                 if info.shape != layout[name].shape
             ],
             "of a type that is not read": [
-                f"{name} is {info.kind.name}" for name, info in there.items() if info.kind not in READABLE
+                f"{name} is {TYPES[info.kind][0]}" for name, info in there.items() if info.kind not in READABLE
             ],
         }
         if texts := [f"{len(found)} {what}: {', '.join(found[:4])}" for what, found in problems.items() if found]:
@@ -96,7 +96,7 @@ class GGUFSource:
 
     def kind(self, name: str) -> GGMLQuantizationType:
         """GGUF's type of an official tensor."""
-        return self._tensors[self._places[name][0].name].kind
+        return GGMLQuantizationType(self._tensors[self._places[name][0].name].kind)
 
     def dtype(self, name: str) -> torch.dtype:
         """Of what `read` returns: the file's own for F32, F16 and BF16, fp32 for the quantized types."""
@@ -117,7 +117,7 @@ class GGUFSource:
             file.seek(start)
             if file.readinto(memoryview(packed.numpy())) != part.n_bytes:
                 raise ValueError(f"{self.path}: tensor {place.name}: ends before byte {start + part.n_bytes:,}")
-        return from_bytes(packed, part.shape, part.kind)
+        return from_bytes(packed, part.shape, GGMLQuantizationType(part.kind))
 
 
 def from_bytes(packed: torch.Tensor, shape: tuple[int, ...], kind: GGMLQuantizationType) -> torch.Tensor:

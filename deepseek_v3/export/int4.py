@@ -4,7 +4,7 @@
 `[out, in / group]` and `X.weight_shape` int64 `[2]`. What is not quantized is bf16.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,11 +58,9 @@ class Options:
 
 def steps(source: Source, options: Options) -> list[Step]:
     chosen = compressed.chosen_weights(source, options.targets)
-    for name in chosen:
-        _check_groups(name, source.shape(name)[1], options.group_size)
+    _check_groups({name: source.shape(name)[1] for name in chosen}, options)
     calibration: Calibration | None = None
     if options.method in CALIBRATED:
-        calibration_rows.cache_clear()  # it is for this one export: the text may have changed since the last
         rows, _ = _rows(source, options)
         fit = CALIBRATED[options.method]
         calibration = Calibration(source, rows, chosen, lambda moment: fit(moment, options.group_size))
@@ -101,20 +99,25 @@ def quantize_mse(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, t
 PLAIN = {"rtn": quantize_int4, "mse": quantize_mse}
 
 
-def _check_groups(name: str, inputs: int, group_size: int) -> None:
-    if inputs % group_size:
-        fitting = [str(size) for size in GROUP_SIZES if not inputs % size]
-        allowed = f"allowed are {', '.join(fitting)}" if fitting else "no group size fits it"
-        raise ValueError(f"group_size: found {group_size}, but {name} has {inputs} inputs; {allowed}")
+def _check_groups(inputs: Mapping[str, int], options: Options) -> None:
+    """`inputs`: of every weight that is quantized."""
+    if name := next((name for name, count in inputs.items() if count % options.group_size), None):
+        fitting = [str(size) for size in GROUP_SIZES if not any(count % size for count in inputs.values())]
+        allowed = f"allowed are {', '.join(fitting)}" if fitting else f"no size fits all {options.targets}"
+        raise ValueError(f"group_size: found {options.group_size}, but {name} has {inputs[name]} inputs; {allowed}")
 
 
 def _rows(source: Source, options: Options) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    length = options.calibration_length
-    return calibration_rows(source.folder, options.calibration, options.calibration_rows, length, options.seed)
+    rows, length = options.calibration_rows, options.calibration_length
+    return calibration_rows(source.tokenizer_folder, options.calibration, rows, length, options.seed)
 
 
 def calibration(source: Source, options: Options) -> dict[str, Any] | None:
-    return _rows(source, options)[1] if options.method in CALIBRATED else None
+    """The record of the text, which is read anew: it may have changed since an export before this one."""
+    if options.method not in CALIBRATED:
+        return None
+    calibration_rows.cache_clear()
+    return _rows(source, options)[1]
 
 
 def quantization_config(source: Source, options: Options) -> dict | None:

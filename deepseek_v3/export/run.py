@@ -26,6 +26,7 @@ from .folder import (
     check_room,
     copy_companions,
     figures,
+    published,
     room_errors,
     write_config,
 )
@@ -66,7 +67,7 @@ def export(
     `files(source, steps, options)`, for files that are not safetensors: these stand alone, without config.json and
     tokenizer;
     `finish(folder, source, options)`, called when the planned files are whole, to write further files or replace
-    these; `calibration(source, options)`, what the report says under that name.
+    these; `calibration(source, options)`, called before the steps are made: what the report says under that name.
 
     Args:
         source: a folder, see `Source`.
@@ -79,7 +80,7 @@ def export(
 
     Returns:
         What `export.json` holds. `bytes` are those of the weights' files, `parameters` the elements of the official
-        tensors without the routing biases.
+        tensors in them without the routing biases. Of absolute paths among the options it holds the names.
 
     Raises:
         ValueError: an unknown format or option, a source that cannot be read, an output folder with something else in
@@ -90,7 +91,7 @@ def export(
         raise ValueError(f"format: found {format!r}, allowed are {', '.join(FORMATS)}")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: found {max_shard_bytes}, allowed are sizes above 0")
-    module = importlib.import_module(f".{FORMATS[format]}", __package__)
+    module = _module(format)
     settings = _options(module, options)
     if not isinstance(source, Source):
         source = Source(source, adapter)
@@ -100,21 +101,36 @@ def export(
     if folder.exists() and folder.resolve() == source.folder.resolve():
         raise ValueError(f"output: found {str(folder)!r}, which is the source; allowed is another folder")
 
-    plan = {"package": __version__, "format": format, "options": asdict(settings), "max_shard_bytes": max_shard_bytes}
-    plan["source"] = source.fingerprint()
+    calibration = module.calibration(source, settings) if hasattr(module, "calibration") else None
+    plan = {
+        "package": __version__,
+        "format": format,
+        "options": published(asdict(settings)),
+        "calibration": None if calibration is None else published(calibration),
+        "max_shard_bytes": max_shard_bytes,
+        "source": source.fingerprint(),
+    }
+    steps = module.steps(source, settings)
+    check_steps(source, steps, official=not hasattr(module, "files"))
+    files = module.files(source, steps, settings) if hasattr(module, "files") else None
+    files = plan_safetensors(steps, max_shard_bytes) if files is None else files
+
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        if (done := check_folder(folder, plan)) is not None:
-            return done
-        steps = module.steps(source, settings)
-        check_steps(source, steps, official=not hasattr(module, "files"))
-        files = module.files(source, steps, settings) if hasattr(module, "files") else None
-        files = plan_safetensors(steps, max_shard_bytes) if files is None else files
-        with room_errors(folder):
-            report = _write(source, folder, files, module, settings, plan, progress)
+        if (report := check_folder(folder, plan)) is None:
+            with room_errors(folder):
+                report = _write(source, folder, files, module, settings, plan, progress)
         for path in (*folder.glob(".export*"), folder / LOCK):
             path.unlink()
     return report
+
+
+def _module(format: str) -> ModuleType:
+    try:
+        return importlib.import_module(f".{FORMATS[format]}", __package__)
+    except ModuleNotFoundError as error:
+        needs = f"needs a library that is not installed: pip install {error.name}"
+        raise ValueError(f"format: {format} {needs}") from error
 
 
 def _options(module: ModuleType, given: dict[str, Any]) -> Any:
@@ -189,7 +205,8 @@ def _write(
                 advance(file.position)
                 for step in planned.steps[file.done :]:
                     before = file.position
-                    file.write_step(step.run(source.read), earlier + time.monotonic() - began)
+                    read = source.read_finite if step.quantized else source.read
+                    file.write_step(step.run(read), earlier + time.monotonic() - began)
                     advance(file.position - before)
                     if stop:
                         raise InterruptedError(f"{folder}: stopped in {planned.name} after step {file.done}, saved")
@@ -211,12 +228,12 @@ def _write(
         "options": plan["options"],
         "source": source.record(),
         **counts,
-        "calibration": module.calibration(source, options) if hasattr(module, "calibration") else None,
+        "calibration": plan["calibration"],
         "environment": environment("cpu"),
         "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": hashes.get(path.name) or file_sha256(path)}
-            for path in sorted(folder.iterdir())
-            if not path.name.startswith(".") and path.name != REPORT
+            name: {"bytes": path.stat().st_size, "sha256": hashes.get(name) or file_sha256(path)}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and not (name := path.relative_to(folder).as_posix()).startswith(".") and name != REPORT
         },
     }
     weights = [file["bytes"] for name, file in report["files"].items() if name.endswith(WEIGHTS)]

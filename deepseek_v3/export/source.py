@@ -18,6 +18,18 @@ from .stored import Stored, bytes_of, file_sha256, regions
 EMBEDDING = "model.embed_tokens.weight"
 COMPARED_ROWS = 1024
 HEADS = ("lm_head.weight", "score.weight", "score.bias")
+TOKENIZER = "tokenizer.json"
+TOKENIZER_FILES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+GENERATION_CONFIG = "generation_config.json"
 CAUSAL = "DeepseekV3ForCausalLM"
 CLASSIFIERS = {"SEQ_CLS": "DeepseekV3ForSequenceClassification", "TOKEN_CLS": "DeepseekV3ForTokenClassification"}
 
@@ -38,6 +50,7 @@ class Source:
         adapter: what is merged, or None.
         dropped: names that the merged model has no place for: head and MTP layers, under a classifier's adapter.
         files: the checkpoint's files of weights.
+        tokenizer_folder: where the tokenizer is, the adapter's if it has one; None without a tokenizer.
     """
 
     def __init__(self, folder: str | PathLike[str], adapter: str | PathLike[str] | None = None) -> None:
@@ -85,6 +98,8 @@ class Source:
             self._check_head()
         else:
             self._add(Adapter(Path(adapter), {name: self.shape(name) for name in self.names}))
+        folders = [self.folder] if self.adapter is None else [self.adapter.folder, self.folder]
+        self.tokenizer_folder = next((path for path in folders if (path / TOKENIZER).is_file()), None)
 
     def _add(self, adapter: Adapter) -> None:
         self.adapter = adapter
@@ -141,6 +156,13 @@ class Source:
         tensor = self._at(name).read()
         return tensor if self.adapter is None else self.adapter.merge(name, tensor)
 
+    def read_finite(self, name: str) -> torch.Tensor:
+        """As `read`; `ValueError` for NaN and infinity, which codes would hide."""
+        tensor = self.read(name)
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name}: found numbers that are not finite, which cannot be quantized")
+        return tensor
+
     def check_copies(self) -> None:
         """ValueError if a copy in an MTP layer, or a tied head, is another tensor than the one it should repeat."""
         tied = {"lm_head.weight": EMBEDDING} if self.config.tie_word_embeddings else {}
@@ -149,9 +171,22 @@ class Source:
                 found = f"{copy} differs from {original}, which it should repeat"
                 raise ValueError(f"{self._stored[copy].regions[0].file}: {found}; an export would lose it")
 
+    def companions(self) -> dict[str, Path]:
+        """Name -> file of what goes along with the weights: the tokenizer and the generation settings."""
+        found: dict[str, Path] = {}
+        if (folder := self.tokenizer_folder) is not None:
+            files = (file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)))
+            found = {file.relative_to(folder).as_posix(): file for file in files}
+        if (self.folder / GENERATION_CONFIG).is_file():
+            found[GENERATION_CONFIG] = self.folder / GENERATION_CONFIG
+        return found
+
     def fingerprint(self) -> str:
-        """SHA-256 of what identifies the source without reading its tensors: configuration, headers, sizes, times."""
+        """SHA-256 of what identifies the source without reading its tensors: configuration, headers, sizes, times, and
+        the files that go along."""
         running = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for name, file in self.companions().items():
+            running.update(f"{name} {file_sha256(file)}".encode())
         for file in self.files:
             status = file.stat()
             running.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())

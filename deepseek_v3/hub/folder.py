@@ -47,7 +47,7 @@ def read_folder(folder: Path) -> Publication:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: is not a folder")
-    if unfinished := sorted(path.name for path in folder.glob("*.partial")):
+    if unfinished := sorted(path.name for path in (*folder.glob("*.partial"), *folder.glob(".export.json"))):
         raise ValueError(f"{folder / unfinished[0]}: the export is not finished; the same export command goes on")
     kind, weights = _weights(folder)
     names = sorted(path.name for path in folder.iterdir())

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-# The metadata of a GGUF file come first; of a vocabulary of 129,280 they take some 10 MB.
-GGUF_METADATA = 2**26
+from ..gguf_header import read_header
+
 # Prefixes and lengths as their issuers document them. The kinds are what an error shows; a match never is.
 KINDS: dict[str, bytes] = {
     "Hugging Face token": rb"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",
@@ -62,9 +62,9 @@ def _of_file(name: str, content: Path | bytes) -> Iterator[Finding]:
     if isinstance(content, bytes):
         yield from find_secrets(name, content)
     elif content.suffix in (".gguf", ".safetensors"):
+        gguf = content.suffix == ".gguf"
         with content.open("rb") as file:
-            gguf = content.suffix == ".gguf"
-            header = file.read(GGUF_METADATA if gguf else int.from_bytes(file.read(8), "little"))
+            header = file.read(read_header(content).n_bytes if gguf else int.from_bytes(file.read(8), "little"))
         yield from {Finding(name, 0, finding.kind) for finding in find_secrets(name, header)}
     else:
         yield from find_secrets(name, content.read_bytes())

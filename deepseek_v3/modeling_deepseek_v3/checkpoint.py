@@ -6,18 +6,21 @@ transformers' conversion mapping does that both ways. This module makes loading 
 """
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel, str_to_torch_dtype
 
-from ..configuration import DeepseekV3Config
+from ..configuration import DeepseekV3Config, num_parameters
+from ..configuration.untrusted import check_generation_file
 from .weight_files import TensorEntry, scan_folder
 
 if TYPE_CHECKING:
@@ -243,6 +246,8 @@ class CheckpointMixin(PreTrainedModel):
             config_source = folder if config is None else config
             config_kwargs = {k: v for k, v in kwargs.items() if k in _CONFIG_ARGUMENTS}
             config = DeepseekV3Config.from_pretrained(config_source, **config_kwargs)
+        if cls.can_generate() and (folder / "generation_config.json").is_file():
+            check_generation_file(folder / "generation_config.json")
         entries = scan_folder(folder, kwargs.get("variant"))
         mtp = cls._has_lm_head and config.num_nextn_predict_layers > 0
         if getattr(config, "quantization_config", None) is not None:
@@ -250,6 +255,17 @@ class CheckpointMixin(PreTrainedModel):
         if not kwargs.get("ignore_mismatched_sizes"):
             check_tensors(entries, config, str(folder), lm_head=cls._has_lm_head, mtp=mtp)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **arguments)
+
+    @classmethod
+    def _from_config(cls, config, *, allow_large: bool = False, **kwargs):
+        """A model without weights of a file, for `AutoModel.from_config`, which passes its arguments on.
+
+        Raises:
+            ValueError: the parameters need more than this machine's memory, unless `allow_large` or on another device.
+        """
+        if not allow_large:
+            _check_memory(config, cls._has_lm_head, kwargs.get("dtype") or config.dtype)
+        return super()._from_config(config, **kwargs)
 
     @classmethod
     def _from_quantized(
@@ -269,6 +285,9 @@ class CheckpointMixin(PreTrainedModel):
             entries, config, str(folder), lm_head=cls._has_lm_head, mtp=mtp, quantized=checkpoint.stored_tensors()
         )
         del config.quantization_config
+        if config.dtype is None:
+            bare = "embed_tokens.weight"
+            config.dtype = str_to_torch_dtype[(entries.get(bare) or entries[f"model.{bare}"]).dtype]
         if checkpoint.stays_packed(quantization_config, kwargs.get("device_map")):
             config.quantization_config = checkpoint.packed_config()
             state_dict = checkpoint.packed_tensors()
@@ -325,6 +344,20 @@ class CheckpointMixin(PreTrainedModel):
             if isinstance(source, torch.Tensor) and source.device.type != "meta":
                 result[name] = source.clone()
         return result
+
+
+def _check_memory(config: DeepseekV3Config, lm_head: bool, dtype: torch.dtype | str | None) -> None:
+    # what makes parameters elsewhere may be a device context, or accelerate's `init_empty_weights`
+    if nn.LayerNorm(1).weight.device.type != "cpu" or not hasattr(os, "sysconf"):
+        return
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    itemsize = (dtype or torch.get_default_dtype()).itemsize
+    count = num_parameters(config)
+    parameters = count.total + count.mtp if lm_head else count.total - count.head
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if parameters * itemsize > memory:
+        found = f"{parameters:,} parameters of {itemsize} bytes"
+        raise ValueError(f"config: found {found}, allowed are {memory:,} bytes of memory; or pass allow_large=True")
 
 
 def _local_folder(name_or_path: Any, kwargs: Mapping[str, Any]) -> Path | None:

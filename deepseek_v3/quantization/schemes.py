@@ -200,7 +200,11 @@ def _pattern(entry: str, field: str) -> re.Pattern[str]:
 def _bitsandbytes(
     quantization: dict, entries: Entries, weights: Mapping[str, Matrix], where: str
 ) -> dict[str, Layout]:
-    from .bitsandbytes_layouts import LLMInt8Rows, NF4Blocks
+    try:
+        from .bitsandbytes_layouts import LLMInt8Rows, NF4Blocks
+    except ModuleNotFoundError as error:
+        problem = "quantization_config.quant_method is 'bitsandbytes', which needs a library that is not installed"
+        raise ValueError(f"{where}: {problem}: pip install {error.name}") from error
 
     four, eight = (_field(where, quantization, name, (False, True, None)) for name in ("load_in_4bit", "load_in_8bit"))
     if bool(four) == bool(eight):

@@ -35,7 +35,8 @@ def test_the_record_of_a_language_model(checkpoint: Path, tmp_path: Path) -> Non
     source = write_text(tmp_path / "text")
     record = evaluate(checkpoint, text=[source], limit=6, length=32)
     assert record == json.loads((checkpoint / "evaluation.json").read_text())
-    results = record["text"][source]
+    assert str(tmp_path) not in json.dumps(record)  # it is published
+    results = record["text"][Path(source).name]
     assert results["rows"] == 6 and results["bits_per_byte"]["n"] == 6 and results["length"] == 32
     assert set(results["anchors_bits_per_byte"]) == {"gzip"}
     assert results["mtp_acceptance"]["drafts"] > 0
@@ -43,6 +44,14 @@ def test_the_record_of_a_language_model(checkpoint: Path, tmp_path: Path) -> Non
     assert record["peak_memory_bytes"] > 2**20
     model = DeepseekV3ForCausalLM.from_pretrained(checkpoint)
     assert record["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_two_texts_of_one_name_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    sources = [write_text(tmp_path / folder / "text", 2) for folder in ("a", "b")]
+    with pytest.raises(ValueError, match="found a second one called 'text'"):
+        evaluate(checkpoint, text=sources, limit=1)
 
 
 def test_packed_weights_count_as_what_they_stand_for(checkpoint: Path, tmp_path: Path) -> None:
@@ -59,7 +68,7 @@ def test_a_text_task_has_the_figures_of_fine_tuning(checkpoint: Path, tmp_path: 
     task = load_task(str(path), limit=5)
     model, tokenizer = DeepseekV3ForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     expected = evaluate_task(model, task, tokenizer, 512)
-    found = record["tasks"][str(path)]
+    found = record["tasks"][path.name]
     assert found["n"] == expected["n"] == 5
     assert found["bits_per_byte"]["value"] == pytest.approx(expected["bits_per_byte"]["value"], rel=1e-5)
     assert found["kind"] == "text" and found["sha256"] == task.sha256
@@ -75,7 +84,7 @@ def test_a_classifier_and_its_baselines(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(folder)
     record = evaluate(folder, tasks=[rows])
     assert record["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    results = record["tasks"][rows]
+    results = record["tasks"][Path(rows).name]
     assert record["text"] == {} and "throughput" not in record
     assert results["n"] == len(task.test) and set(results["baselines"]) >= {"majority", "tfidf"}
     with torch.no_grad():

@@ -167,26 +167,29 @@ def adapter(plain: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"use_dora": True}, "use_dora is True, only plain LoRA can be merged"),
-        ({"lora_bias": True}, "lora_bias is True, only plain LoRA"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out is True, only plain LoRA"),
-        ({"trainable_token_indices": [1]}, r"trainable_token_indices is \[1\], only plain LoRA"),
+        ({"use_dora": True}, "use_dora: found True, allowed nothing"),
+        ({"lora_bias": True}, "lora_bias: found True"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out: found True"),
+        ({"trainable_token_indices": [1]}, r"trainable_token_indices: found \[1\]"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
         ({"a_variant_of_tomorrow": {"x": 1}}, "a_variant_of_tomorrow"),
-        ({"peft_type": "VERA"}, "peft_type is 'VERA', allowed are LORA"),
-        ({"bias": "all"}, "bias is 'all', allowed are none"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', allowed are True"),
-        ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'"),
+        ({"peft_type": "VERA"}, "peft_type: found 'VERA', allowed 'LORA'"),
+        ({"bias": "all"}, "bias: found 'all', allowed one of 'none'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: found 'pissa', allowed one of True"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights: found 'loftq'"),
         ({"r": 4}, "found rank 4 and alpha .*, whose factors have rank 2"),
-        ({"lora_alpha": "many"}, "alpha 'many'"),
-        ({"target_parameters": "experts"}, "target_parameters is 'experts', allowed is a list"),
-        ({"alpha_pattern": {"(a+)+b": 3}}, r"alpha_pattern has '\(a\+\)\+b', allowed are names"),
-        ({"alpha_pattern": {".*.*.*.*.*x": 3}}, "alpha_pattern has"),
-        ({"alpha_pattern": {"(": 3}}, "alpha_pattern has"),
-        ({"rank_pattern": [1]}, "rank_pattern is a 'list of 1', allowed is an object of at most 5000"),
-        ({"rank_pattern": {f"x{i}": 1 for i in range(5001)}}, "rank_pattern is a 'dict of 5001', allowed"),
-        ({"a_list": "x" * 2**20}, r"has 1,0\d\d,\d+ bytes, allowed are 1,048,576"),
+        ({"r": None}, "r: found None"),
+        ({"lora_alpha": "many"}, "lora_alpha: found 'many'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: found nan"),
+        ({"target_parameters": "experts"}, "target_parameters: found 'experts', allowed a list"),
+        ({"alpha_pattern": {"(a+)+b": 3}}, r"alpha_pattern: found '\(a\+\)\+b', allowed no pattern with a repeated"),
+        ({"alpha_pattern": {".*.*.*.*.*x": 3}}, "alpha_pattern: found"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern: found"),
+        ({"rank_pattern": [1]}, r"rank_pattern: found \[1\], allowed an object"),
+        ({"rank_pattern": {f"x{i}": 1 for i in range(2**14 + 1)}}, "rank_pattern: .* allowed at most 16384 names"),
+        ({"rank_pattern": {f".*x{i}": 1 for i in range(65)}}, "rank_pattern: .* allowed at most 64 patterns"),
+        ({"a_list": "x" * 2**24}, r"found over 16777216 bytes"),
     ],
 )
 def test_variants_and_nonsense_are_refused_by_name(
@@ -202,7 +205,7 @@ def test_variants_and_nonsense_are_refused_by_name(
 def test_a_real_dora_adapter_is_refused(plain: Path, tmp_path: Path) -> None:
     model = StockForCausalLM.from_pretrained(plain)
     get_peft_model(model, LoraConfig(target_modules=["o_proj"], use_dora=True)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="use_dora is True"):
+    with pytest.raises(ValueError, match="use_dora: found True"):
         Source(plain, tmp_path)
     change(tmp_path, use_dora=False)
     with pytest.raises(ValueError, match="o_proj.lora_magnitude_vector .* is neither a factor of plain LoRA nor one"):
@@ -227,6 +230,9 @@ def test_files_that_do_not_fit_the_base_are_refused(adapter: Path, plain: Path, 
         save_file(broken, file)
         with pytest.raises(ValueError, match=message):
             Source(plain, adapter)
+    save_file({}, file)
+    with pytest.raises(ValueError, match="holds no tensor"):
+        Source(plain, adapter)
     file.unlink()
     (adapter / "adapter_model.bin").write_bytes(b"pickled")
     with pytest.raises(ValueError, match="found no adapter_model.safetensors, allowed are adapters in that file"):

@@ -151,6 +151,15 @@ def test_activations_that_are_not_finite(source) -> None:
         walk.advance()
 
 
+def test_a_weight_that_is_not_finite(source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an expert that no token may choose, so that the layer's output does not show it."""
+    name, read = "model.layers.1.mlp.experts.3.down_proj.weight", Source.read
+    monkeypatch.setattr(Source, "read", lambda self, n: read(self, n) * (torch.nan if n == name else 1))
+    walk = Calibration(source, rows(), chosen_weights(source, "experts"), round_fit([]))
+    with pytest.raises(ValueError, match=f"{name}: found numbers that are not finite"):
+        walk.take(name)
+
+
 def test_token_that_the_model_lacks(source) -> None:
     text = rows()
     text["input_ids"][0, 0] = 97
@@ -188,8 +197,8 @@ def test_rows_are_training_text_chosen_by_the_seed(texts: Path) -> None:
     assert sum(document.text.split()[0] in seen for document in load_corpus(corpus).train) > 20
 
 
-def test_too_little_text_and_no_tokenizer(texts: Path, tmp_path: Path) -> None:
+def test_too_little_text_and_no_tokenizer(texts: Path) -> None:
     with pytest.raises(ValueError, match="calibration: .* allowed are at least 12800000"):
         calibration_rows(texts, str(texts / "corpus"), 50000, 256, 0)
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
-        calibration_rows(tmp_path, "stdlib", 1, 32, 0)
+        calibration_rows(None, "stdlib", 1, 32, 0)

@@ -195,6 +195,25 @@ def test_a_whole_file_that_was_damaged_since_is_written_again(plan: PlannedFile,
     assert (tmp_path / plan.name).read_bytes() == good
 
 
+def test_a_whole_file_that_has_grown_is_cut_again(plan: PlannedFile, tmp_path: Path) -> None:
+    write(tmp_path, plan)
+    good = (tmp_path / plan.name).read_bytes()
+    (tmp_path / plan.name).write_bytes(good + b"more")
+    write(tmp_path, plan)
+    assert (tmp_path / plan.name).read_bytes() == good
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+@pytest.mark.parametrize("head", [b"heat", b"a head that is longer than it was"])
+def test_a_file_with_another_head_is_written_anew(tmp_path: Path, head: bytes, stop: int) -> None:
+    """As when the tokenizer in a GGUF file's head has changed."""
+    write(tmp_path, plan_file("x.gguf", b"head", STEPS, 32), stop_after=stop)
+    plan = plan_file("x.gguf", head, STEPS, 32)
+    write(tmp_path, plan)
+    write(tmp_path / "whole", plan)
+    assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "whole" / "x.gguf").read_bytes()
+
+
 @pytest.mark.parametrize(
     "tensors, message",
     [

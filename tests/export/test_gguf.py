@@ -1,5 +1,7 @@
 """GGUF files against the gguf library: names, shapes, types and values of the tensors, and the way back."""
 
+import json
+import sys
 from pathlib import Path
 
 import gguf
@@ -10,6 +12,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 
 import deepseek_v3.export.gguf_quantize as gguf_quantize
 from deepseek_v3 import DeepseekV3ForSequenceClassification
+from deepseek_v3.configuration.parameters import num_parameters
 from deepseek_v3.export import Source, export
 from deepseek_v3.export.gguf import read_gguf
 from tests.export.gguf_models import ROWS, export_gguf, make_tokenizer, save_model
@@ -170,6 +173,22 @@ def test_a_file_without_mtp_layers(base: Path, tmp_path: Path) -> None:
     assert found.config.num_nextn_predict_layers == 0
     assert found.names == [name for name in Source(base).names if not name.startswith("model.layers.3.")]
     assert not any(name.startswith("blk.3.") for name in (t.name for t in GGUFReader(found.path).tensors))
+    report = json.loads((tmp_path / "export.json").read_text())
+    count = num_parameters(found.config)
+    assert count.mtp == 0 and report["parameters"] == count.total  # those that its bytes are for
+    assert report["bytes_per_parameter"] == found.path.stat().st_size / count.total > 4
+    left_out = [name for name in Source(base).names if name.startswith("model.layers.3.")]
+    assert report["tensors"]["dropped"] == len(left_out) and report["tensors"]["read"] == len(found.names)
+
+
+def test_without_the_gguf_library_it_says_what_to_install(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "deepseek_v3.export.gguf")
+    with pytest.raises(ValueError, match="format: gguf needs a library that is not installed: pip install gguf"):
+        export_gguf(base, tmp_path / "out", "F32")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_export_goes_on(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

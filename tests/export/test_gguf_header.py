@@ -5,15 +5,17 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_v3.export.gguf import read_gguf
-from deepseek_v3.export.gguf_header import read_header
+from deepseek_v3.gguf_header import TYPES, read_header
 from tests.export.gguf_models import export_gguf, save_model
 
-STRING, ARRAY, UINT32, UINT8 = 8, 9, 4, 0
+STRING, ARRAY, UINT32, UINT8, FLOAT32 = 8, 9, 4, 0, 6
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,18 @@ def tensor(name: str, shape: tuple[int, ...] = (4,), kind: int = 0, offset: int 
 
 def header(n_tensors: int = 0, n_keys: int = 0, rest: bytes = b"", magic: bytes = b"GGUF", version: int = 3) -> bytes:
     return magic + struct.pack("<IQQ", version, n_tensors, n_keys) + rest
+
+
+def test_the_types_are_those_of_the_library() -> None:
+    assert {kind: (kind.name, *GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType} == TYPES
+
+
+@given(st.floats(width=32, allow_nan=False))
+@settings(max_examples=300)
+def test_single_precision_numbers_are_read_as_short_decimals(tmp_path_factory, value: float) -> None:
+    file = tmp_path_factory.getbasetemp() / "number.gguf"
+    file.write_bytes(header(n_keys=1, rest=key("x", FLOAT32, struct.pack("<f", value))))
+    assert read_header(file).metadata == {"x": float(str(np.float32(value)))}
 
 
 ONE = key("a", UINT32, struct.pack("<I", 1))
@@ -166,7 +180,7 @@ def test_every_truncation_is_an_error(valid: Path, tmp_path: Path) -> None:
 @given(st.data())
 def test_changed_bytes_load_or_are_an_error(valid: Path, data: st.DataObject) -> None:
     content = bytearray(valid.read_bytes())
-    _, tensors = read_header(valid)
+    _, tensors, _ = read_header(valid)
     end = min(info.start for info in tensors.values())
     for _ in range(data.draw(st.integers(1, 4))):
         width = data.draw(st.sampled_from((1, 4, 8)))

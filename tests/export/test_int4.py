@@ -1,9 +1,11 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from deepseek_v3 import DeepseekV3ForCausalLM
@@ -12,8 +14,8 @@ from deepseek_v3.export.calibration import Calibration, calibration_rows
 from deepseek_v3.kernels.int4 import pack_int4, quantize_int4
 from deepseek_v3.tokenization import train_tokenizer
 from tests.clients.environments import run_client
-from tests.export.helpers import config_json, read_tensors
-from tests.modeling_deepseek_v3.helpers import build, relative_error, tiny_config
+from tests.export.helpers import config_json, read_tensors, write_checkpoint
+from tests.modeling_deepseek_v3.helpers import build, relative_error, tiny_config, tokens
 
 # one dense, one MoE and one MTP layer; every input is a multiple of 32
 SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96}
@@ -109,7 +111,8 @@ def test_gptq_keeps_the_output_on_the_text(checkpoint: Path, tmp_path: Path) -> 
     assert 0 < error["gptq"] < 0.5 * error["rtn"]
 
     report = json.loads((tmp_path / "gptq" / "export.json").read_text())
-    assert report["calibration"] == record and record["text"] == corpus
+    assert report["calibration"] == {**record, "text": "corpus"} and record["text"] == corpus
+    assert report["options"]["calibration"] == "corpus" and corpus not in json.dumps(report)
     assert json.loads((tmp_path / "rtn" / "export.json").read_text())["calibration"] is None
 
 
@@ -163,10 +166,64 @@ def test_calibrated_exports_depend_on_the_seed_alone(checkpoint: Path, tmp_path:
     assert first == same != other
 
 
-def test_group_that_does_not_divide_the_inputs(checkpoint: Path, tmp_path: Path) -> None:
-    name = r"model\.layers\.1\.mlp\.experts\.0\.down_proj\.weight has 96 inputs; allowed are 32"
-    with pytest.raises(ValueError, match=f"group_size: found 64, but {name}$"):
-        run(checkpoint, tmp_path / "out", group_size=64)
+def test_other_calibration_text_is_another_export(checkpoint: Path, tmp_path: Path) -> None:
+    """Text of the same name counts by its hash: an interrupted export would mix the weights of two."""
+    folder, corpus = run(checkpoint, tmp_path / "out"), tmp_path / "corpus"
+    shutil.copytree(checkpoint.parent / "corpus", corpus)
+    run(checkpoint, folder, calibration=str(corpus))  # the same text elsewhere
+    (corpus / "0.txt").write_text(" ".join(WORDS.split() * 20))
+    with pytest.raises(ValueError, match="holds another export, with another calibration;"):
+        run(checkpoint, folder, calibration=str(corpus))
+
+
+def test_the_tokenizer_of_an_adapter_reads_the_text(checkpoint: Path, tmp_path: Path) -> None:
+    """A base may have none."""
+    shutil.copytree(checkpoint, tmp_path / "base")
+    model = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(target_modules=["o_proj"])).save_pretrained(tmp_path / "adapter")
+    for file in (tmp_path / "base").glob("tokenizer*"):
+        file.rename(tmp_path / "adapter" / file.name)
+    corpus = str(checkpoint.parent / "corpus")
+    options = {**CALIBRATION, "calibration": corpus, "group_size": 32}
+    report = export(tmp_path / "base", tmp_path / "out", "int4", adapter=tmp_path / "adapter", **options)
+    assert report["calibration"]["rows"] == 6 and "tokenizer.json" in report["files"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "size", "message"),
+    [
+        ("experts", 64, r"model\.layers\.1\.mlp\.experts\.0\.down_proj\.weight has 96 inputs; allowed are 32$"),
+        # its 64 inputs would allow 64, but other weights have 32 and 96
+        ("linears", 128, r"model\.layers\.0\.self_attn\.q_a_proj\.weight has 64 inputs; allowed are 32$"),
+    ],
+)
+def test_group_that_does_not_divide_the_inputs(
+    checkpoint: Path, tmp_path: Path, targets: str, size: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"group_size: found {size}, but {message}"):
+        run(checkpoint, tmp_path / "out", method="rtn", group_size=size, targets=targets)
+
+
+def test_inputs_that_no_group_size_divides(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "odd", moe_intermediate_size=40)
+    with pytest.raises(ValueError, match="has 40 inputs; no size fits all experts"):
+        run(tmp_path / "odd", tmp_path / "out", method="rtn")
+
+
+def test_odd_numbers_of_outputs(tmp_path: Path) -> None:
+    """Rows that are no multiple of anything: read back, and computed with packed, by few and by many tokens."""
+    sizes = {**SIZES, "qk_nope_head_dim": 15, "qk_rope_head_dim": 2, "vocab_size": 97, "n_group": 1, "topk_group": 1}
+    sizes |= {"kv_lora_rank": 33, "num_attention_heads": 3, "moe_intermediate_size": 32}
+    write_checkpoint(tmp_path / "odd", torch.bfloat16, **sizes)
+    folder = run(tmp_path / "odd", tmp_path / "out", method="rtn", targets="linears")
+    export(folder, tmp_path / "plain", "bf16", progress=False)
+    folders = (folder, tmp_path / "plain")
+    models = [DeepseekV3ForCausalLM.from_pretrained(path, dtype=torch.bfloat16) for path in folders]
+    assert models[0].model.layers[0].self_attn.kv_a_proj_with_mqa.weight.shape == (35, 64)
+    for length in (1, 70):
+        with torch.no_grad():
+            found, expected = (model.eval()(tokens(2, length)).logits.float() for model in models)
+        assert relative_error(found, expected) < 0.03
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from deepseek_v3.export import Source, export
 from tests.clients.environments import run_client
-from tests.export.helpers import config_json, read_tensors
+from tests.export.helpers import config_json, read_tensors, write_checkpoint
 from tests.export.test_int4 import KV_B, LINEAR, MTP, checkpoint, targeted  # noqa: F401
 
 
@@ -60,6 +61,16 @@ def test_config(checkpoint: Path, tmp_path: Path, targets: str) -> None:  # noqa
         if name.endswith(LINEAR) and not name.startswith(MTP):
             assert (name.removesuffix(".weight") in ignore) != targeted(name, targets)
     assert sum(KV_B in f"{name}." for name in ignore) == 2
+
+
+@pytest.mark.parametrize("overrides", [{"tie_word_embeddings": True}, {}])
+def test_the_head_is_ignored_whether_a_tensor_or_not(tmp_path: Path, overrides: dict) -> None:
+    """A tied one is no tensor of the file, but a linear layer of transformers' model."""
+    write_checkpoint(tmp_path / "source", **overrides)
+    export(tmp_path / "source", tmp_path / "out", "int8", progress=False)
+    assert config_json(tmp_path / "out")["quantization_config"]["ignore"].count("lm_head") == 1
+    assert ("lm_head.weight" in read_tensors(tmp_path / "out")) != bool(overrides)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_merged_layers_have_one_scheme(checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811

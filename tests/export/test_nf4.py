@@ -239,15 +239,32 @@ def test_stock_transformers_reads_all_but_the_routed_experts(whole: Path, tmp_pa
     assert "ignore_mismatched_sizes" in message
 
 
-def test_errors(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="double_quant: found 1, allowed are True and False"):
         export(whole, tmp_path, "nf4", double_quant=1)
     with pytest.raises(ValueError, match="targets: found 'gate', allowed are experts, linears"):
         export(whole, tmp_path, "nf4", targets="gate")
-    name = "bitsandbytes_layouts"
+
+
+@pytest.fixture
+def without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.delitem(sys.modules, f"deepseek_v3.quantization.{name}")
-    monkeypatch.delattr(deepseek_v3.quantization, name)
-    for format in ("nf4", "bnb-int8"):
-        with pytest.raises(ValueError, match=f"format: {format} needs bitsandbytes: pip install bitsandbytes"):
-            export(whole, tmp_path / format, format)
+    monkeypatch.delitem(sys.modules, "deepseek_v3.quantization.bitsandbytes_layouts")
+    monkeypatch.delattr(deepseek_v3.quantization, "bitsandbytes_layouts")
+    for format in ("nf4", "bnb_int8"):
+        monkeypatch.delitem(sys.modules, f"deepseek_v3.export.{format}")
+
+
+@pytest.mark.parametrize("format", ["nf4", "bnb-int8"])
+def test_without_bitsandbytes_it_says_what_to_install(
+    whole: Path, tmp_path: Path, request: pytest.FixtureRequest, format: str
+) -> None:
+    export(whole, tmp_path / "there", format, progress=False)
+    request.getfixturevalue("without_bitsandbytes")
+    with pytest.raises(ValueError, match=f"format: {format} needs a library that is not installed: pip install b"):
+        export(whole, tmp_path / "out", format)
+    message = r"there.config\.json: quantization_config\.quant_method is 'bitsandbytes', which needs a library"
+    with pytest.raises(ValueError, match=f"{message} that is not installed: pip install bitsandbytes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "there")
+    with pytest.raises(ValueError, match=message):
+        Source(tmp_path / "there")

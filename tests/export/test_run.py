@@ -18,15 +18,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from deepseek_v3 import DeepseekV3Config
 from deepseek_v3.configuration.parameters import num_parameters
 from deepseek_v3.export import Output, Source, Step, export, files, fp8, run
 from deepseek_v3.export.memory import peak_memory, reset_peak_memory
 from deepseek_v3.export.run import check_steps
 from deepseek_v3.modeling_deepseek_v3.checkpoint import tensor_shapes
 from deepseek_v3.process import locked
+from deepseek_v3.tokenization import train_tokenizer
 from tests.export.helpers import TOKENIZER, config_json, contents, read_tensors, write_checkpoint
-from tests.modeling_deepseek_v3.helpers import tiny_config
+from tests.modeling_deepseek_v3.helpers import run_python, tiny_config
 
 SHARD = 60_000  # of a model of 660 KB in fp8
 
@@ -183,6 +186,41 @@ def test_a_finished_export_is_not_done_again(plain: Path, tmp_path: Path, monkey
         export(plain, tmp_path, "bf16")
 
 
+def test_a_finished_folder_is_left_clean(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the first run was killed before it removed its plan, or the export is asked for once more."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path: kill())
+        killed_child(lambda: export(plain, tmp_path, "bf16"))
+    assert {".export.json", ".export.journal", ".lock"} < {path.name for path in tmp_path.iterdir()}
+    for _ in range(2):
+        export(plain, tmp_path, "bf16")
+        assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_another_tokenizer_is_another_source(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    export(source, tmp_path / "out", "bf16")
+    (source / "chat_template.jinja").write_text("{{ y }}")
+    with pytest.raises(ValueError, match="holds another export, with another source"):
+        export(source, tmp_path / "out", "bf16")
+
+
+@pytest.mark.parametrize("format_", ["fp8", "int4", "int8", "nf4", "bnb-int8"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_are_not_quantized(tmp_path: Path, format_: str, number: float) -> None:
+    """Codes would hide them: 4-bit floats have no NaN."""
+    source = write_checkpoint(tmp_path / "source", torch.bfloat16, moe_intermediate_size=128, hidden_size=128)
+    tensors = read_tensors(source)
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors[name][5, 7] = number
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    options = {"method": "mse"} if format_ == "int4" else {}
+    with pytest.raises(ValueError, match=rf"{name}: found numbers that are not finite"):
+        export(source, tmp_path / "out", format_, progress=False, **options)
+    export(source, tmp_path / "plain", "bf16", progress=False)  # a copy keeps them
+    assert not read_tensors(tmp_path / "plain")[name].isfinite().all()
+
+
 def test_another_export_or_other_files_are_not_written_over(plain: Path, ragged: Path, tmp_path: Path) -> None:
     export(plain, tmp_path / "done", "bf16")
     for source, format_, options, differing in (
@@ -225,6 +263,7 @@ def test_an_option_that_does_not_fit_leaves_the_folder_free(
         patch.setattr(fp8, "steps", refuse)
         with pytest.raises(ValueError, match="does not fit"):
             export(plain, tmp_path / "out", "fp8", power_of_two=True)
+    assert not (tmp_path / "out").exists()
     export(plain, tmp_path / "out", "fp8")
 
 
@@ -325,6 +364,57 @@ def test_tokenizer_and_generation_settings_come_along(plain: Path, tmp_path: Pat
     assert config_json(tmp_path) == {
         **config_json(plain), "dtype": "bfloat16", "quantization_config": config_json(tmp_path)["quantization_config"]
     }  # fmt: skip
+
+
+def test_every_chat_template_comes_along(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    tokenizer = train_tokenizer(["some text"], 300)
+    tokenizer.chat_template = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    tokenizer.save_pretrained(source)
+    report = export(source, tmp_path / "out", "bf16")
+    name = "additional_chat_templates/tool_use.jinja"
+    assert (tmp_path / "out" / name).read_text() == "{{ 2 }}" and name in report["files"]
+    found = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")  # transformers' own
+    assert found.chat_template == tokenizer.chat_template
+
+
+STOCK = """
+import json, sys
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+for folder in sys.argv[1:]:
+    config = AutoConfig.from_pretrained(folder)
+    quantization = config.to_dict().get("quantization_config") or {}
+    found = type(config).__module__, config.num_hidden_layers, str(config.dtype), quantization.get("quant_method")
+    tokenizer, generation = AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+    print(json.dumps([*found, tokenizer("some text")["input_ids"], tokenizer.chat_template, generation.temperature]))
+assert not any(name.startswith("deepseek_v3") for name in sys.modules)
+"""
+
+
+def test_what_goes_along_is_read_back_by_us_and_by_stock_transformers(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", moe_intermediate_size=32)
+    tokenizer = train_tokenizer(["some text"], 300)
+    tokenizer.save_pretrained(source)
+    GenerationConfig(do_sample=True, temperature=0.6).save_pretrained(source)
+    expected = DeepseekV3Config.from_pretrained(source).to_dict()
+    methods = {"bf16": None, "fp8": "fp8", "int4": "compressed-tensors", "int8": "compressed-tensors"}
+    methods |= {"nf4": "bitsandbytes", "bnb-int8": "bitsandbytes"}
+    for format_ in methods:
+        options = {"method": "rtn", "group_size": 32} if format_ == "int4" else {}
+        export(source, tmp_path / format_, format_, progress=False, **options)
+        config = DeepseekV3Config.from_pretrained(tmp_path / format_).to_dict()
+        assert (config.pop("quantization_config", None) is None) == (format_ == "bf16")
+        assert config == {**expected, "dtype": "bfloat16"}
+        found = AutoTokenizer.from_pretrained(tmp_path / format_)
+        assert type(found) is type(tokenizer) and found.get_vocab() == tokenizer.get_vocab()
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / format_)
+        assert model.generation_config.temperature == 0.6 and model.dtype == torch.bfloat16
+    lines = run_python(STOCK, *(str(tmp_path / format_) for format_ in methods)).strip().splitlines()[-len(methods) :]
+    for line, method in zip(lines, methods.values(), strict=True):
+        module, layers, dtype, *rest = json.loads(line)
+        assert module.startswith("transformers.") and layers == expected["num_hidden_layers"]
+        assert dtype == "torch.bfloat16"
+        assert rest == [method, tokenizer("some text")["input_ids"], tokenizer.chat_template, 0.6]
 
 
 def test_progress_is_a_line_now_and_then_or_a_bar(

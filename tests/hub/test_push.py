@@ -385,6 +385,9 @@ def test_an_unfinished_or_altered_export(hub: FakeHub, folder: Path) -> None:
     (folder / "model.safetensors.partial").touch()
     refused(hub, folder, "model.safetensors.partial: the export is not finished")
     (folder / "model.safetensors.partial").unlink()
+    (folder / ".export.json").touch()
+    refused(hub, folder, r"\.export\.json: the export is not finished")
+    (folder / ".export.json").unlink()
     shard = sorted(folder.glob("*.safetensors"))[0]
     digest = hashlib.sha256(shard.read_bytes()).hexdigest()
     (folder / "export.json").write_text(json.dumps({"files": {shard.name: {"sha256": digest}}}))

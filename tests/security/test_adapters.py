@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM as StockForCausalLM
 
 from deepseek_v3.configuration.adapter_file import read_adapter_config
 from deepseek_v3.export.source import Source
 from deepseek_v3.finetuning import load_adapter
+from tests.modeling_deepseek_v3.helpers import relative_error, tokens
 from tests.security import limits
 from tests.security.conftest import edit
 from tests.security.limits import assert_refused, limited, measured
@@ -28,7 +30,10 @@ VALUES = {
     "target_modules is a number": (5, "target_modules: found 5"),
     "target_modules by the thousand": (["q_proj"] * 20_000, "target_modules: found"),
     "target_modules, pattern in a list": ([BOMB], "target_modules: found"),
-    "target_parameters": ("x" * 5000 + "$", "target_parameters: found"),
+    "target_modules, many patterns": ([f".*x{i}" for i in range(65)], "allowed at most 64 patterns"),
+    "target_modules is an object": ({"q_proj": 1}, "target_modules: found {'q_proj': 1}"),
+    "target_parameters": (["x" * 5000 + "$"], "target_parameters: found"),
+    "target_parameters is text": ("experts", "target_parameters: found 'experts', allowed a list"),
     "exclude_modules": (BOMB, "exclude_modules: found"),
     "rank_pattern": ({BOMB: 4}, "rank_pattern: found"),
     "rank_pattern is a list": ([1], "rank_pattern: found [1]"),
@@ -95,7 +100,6 @@ FAILING = ["peft_type", "peft_type is a list", "r is text", "rank_pattern is a l
 
 
 @pytest.mark.parametrize("name", [*HANGING, *FAILING, "auto_mapping", "layers_to_transform, far"])
-@pytest.mark.xfail(strict=True, reason="load_adapter gives adapter_config.json to PEFT unchecked")
 def test_load_adapter_refuses_the_configuration(name: str, base, adapter_folder, monkeypatch) -> None:
     monkeypatch.setattr(limits, "WALL_SECONDS", 1.5)
     file = set_value(adapter_folder, name)
@@ -124,7 +128,6 @@ WEIGHT_EDITS = {
 
 
 @pytest.mark.parametrize("name", WEIGHT_EDITS)
-@pytest.mark.xfail(strict=True, reason="PEFT warns of tensors that do not fit, or not even that, and names no file")
 def test_load_adapter_refuses_tensors_that_do_not_fit(name: str, base, adapter_folder) -> None:
     file = change(adapter_folder, WEIGHT_EDITS[name])
     assert_refused(limited(lambda: load_adapter(base, adapter_folder)), file)
@@ -146,7 +149,6 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", ["seven bytes", "truncated"])
-@pytest.mark.xfail(strict=True, reason="load_adapter leaves the file to safetensors, whose errors name no file")
 def test_load_adapter_refuses_broken_files(name: str, base, adapter_folder) -> None:
     BROKEN[name](adapter_folder / WEIGHTS)
     assert_refused(limited(lambda: load_adapter(base, adapter_folder)), adapter_folder)
@@ -160,11 +162,35 @@ def test_a_pickled_adapter_does_not_run(base, adapter_folder) -> None:
         assert not outcome.loaded and not (adapter_folder / "ran").exists(), str(outcome)
 
 
-@pytest.mark.xfail(strict=True, reason="PEFT's message for a pickled adapter suggests weights_only=False")
 def test_a_pickled_adapter_is_refused(base, adapter_folder) -> None:
     (adapter_folder / WEIGHTS).unlink()
     torch.save({"a": torch.ones(2)}, adapter_folder / "adapter_model.bin")
     assert_refused(limited(lambda: load_adapter(base, adapter_folder)), adapter_folder, "safetensors")
+
+
+PLAIN = [
+    {"target_modules": "all-linear", "use_rslora": True},
+    {"target_modules": ["q_b_proj", "gate_proj", "up_proj", "down_proj"]},
+    {"target_modules": ["o_proj", "lm_head"], "rank_pattern": {"o_proj": 3}},
+    {"target_modules": ["kv_b_proj", "embed_tokens"], "modules_to_save": ["lm_head", "kv_a_layernorm"]},
+]
+
+
+@pytest.mark.parametrize("arguments", PLAIN, ids=str)
+@torch.no_grad()
+def test_what_plain_peft_saves_is_loaded(arguments: dict, checkpoint, tmp_path) -> None:
+    def stock() -> torch.nn.Module:
+        return StockForCausalLM.from_pretrained(checkpoint, num_nextn_predict_layers=0).eval()
+
+    theirs = get_peft_model(stock(), LoraConfig(r=2, task_type="CAUSAL_LM", **arguments)).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name or "embedding_B" in name:
+            parameter.normal_(std=0.1)
+    theirs.save_pretrained(tmp_path)
+    edit(tmp_path / CONFIG, base_model_name_or_path="someone/elses")
+    loaded = load_adapter(stock(), tmp_path)
+    assert relative_error(loaded(tokens(2, 9)).logits, theirs(tokens(2, 9)).logits) < 1e-5
+    assert loaded.peft_config["default"].base_model_name_or_path == "someone/elses"
 
 
 # --- merged by an export -------------------------------------------------------------------------------------------
@@ -175,18 +201,13 @@ EXPORTED = [
 EXPORTED += ["rank_pattern", "rank_pattern is a list", "alpha_pattern", "init_lora_weights", "target_parameters"]
 
 
-UNCHECKED = pytest.mark.xfail(strict=True, reason="export/adapter.py takes NaN and an adapter of nothing")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[UNCHECKED] * (n == "lora_alpha")) for n in EXPORTED])
+@pytest.mark.parametrize("name", EXPORTED)
 def test_an_export_refuses_the_configuration(name: str, checkpoint, adapter_folder) -> None:
     file = set_value(adapter_folder, name)
     assert_refused(limited(lambda: Source(checkpoint, adapter_folder)), file)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[UNCHECKED] * (n == "none")) for n in [*WEIGHT_EDITS, *BROKEN]]
-)
+@pytest.mark.parametrize("name", [*WEIGHT_EDITS, *BROKEN])
 def test_an_export_refuses_the_weights(name: str, checkpoint, adapter_folder) -> None:
     if name in BROKEN:
         BROKEN[name](adapter_folder / WEIGHTS)

@@ -1,5 +1,6 @@
 """Hostile GGUF files: both readers of this package, of Llamas for `convert` and of what `export` wrote."""
 
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,9 @@ import pytest
 import torch
 
 from deepseek_v3.conversion import load_source
-from deepseek_v3.conversion.gguf_header import read_head
 from deepseek_v3.export import export
 from deepseek_v3.export.gguf_source import GGUFSource
+from deepseek_v3.gguf_header import read_header
 from tests.security.files import patched, position, write_llama
 from tests.security.limits import assert_cheap, assert_refused, limited, measured
 
@@ -31,10 +32,11 @@ def exported(checkpoint, tmp_path_factory) -> bytes:
 def test_the_whole_files_are_read(llama, exported, tmp_path) -> None:
     file = tmp_path / "whole.gguf"
     file.write_bytes(llama)
-    head = read_head(file)
-    assert head.fields["llama.block_count"] == 2 and head.fields["tokenizer.ggml.tokens"] == 261
+    metadata, tensors, _ = read_header(file)
+    assert metadata["llama.block_count"] == 2 and metadata["tokenizer.ggml.tokens"] == (261,)
     model, tokenizer = load_source(file)
-    assert head.elements == sum(parameter.numel() for parameter in model.parameters())
+    elements = sum(math.prod(info.shape) for info in tensors.values())
+    assert elements == sum(parameter.numel() for parameter in model.parameters())
     assert len(tokenizer) >= 261 and model.dtype == torch.float32
     file.write_bytes(exported)
     assert GGUFSource(file).config.n_routed_experts == 8
@@ -132,4 +134,4 @@ def test_a_token_of_megabytes_is_cheap(llama, tmp_path) -> None:
     text = b"x" * 10_000_000
     file: Path = tmp_path / "long.gguf"
     file.write_bytes(llama[:at] + struct.pack("<Q", len(text)) + text + llama[at + 8 + length :])
-    assert_cheap(measured(lambda: read_head(file)))
+    assert_cheap(measured(lambda: read_header(file)))

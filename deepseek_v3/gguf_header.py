@@ -1,44 +1,65 @@
-"""The header of a GGUF file, read with bounds: no allocation and no loop is as long as a stranger's file says."""
+"""The header of a GGUF file, read with bounds: no allocation and no loop is as long as a stranger's file says.
 
+Layout (little endian): "GGUF", version, number of tensors, number of metadata keys; the keys; name, shape, type and
+offset of each tensor; padding; the data. Readers trust the numbers in it, so this one comes first.
+"""
+
+import math
 import mmap
 import struct
-from math import prod
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType, Keys
-
-VERSIONS = (2, 3)
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+MAX_HEADER_BYTES = 2**28
 # An array of strings is as long as the vocabulary or its merges; V3's has 129,280. A layer has some 20 tensors.
 MAX_KEYS, MAX_TENSORS, MAX_STRINGS = 4096, 2**17, 2**21
 MAX_NAME, MAX_DIMENSIONS, MAX_ALIGNMENT = 64, 4, 2**20  # ggml's own limits, and a sane one
+ALIGNMENT_KEY, DEFAULT_ALIGNMENT = "general.alignment", 32
+STRING, ARRAY, FLOAT32 = 8, 9, 6
+# value types of metadata, by number, with their layout
 SCALARS = {
-    GGUFValueType.UINT8: "<B",
-    GGUFValueType.INT8: "<b",
-    GGUFValueType.UINT16: "<H",
-    GGUFValueType.INT16: "<h",
-    GGUFValueType.UINT32: "<I",
-    GGUFValueType.INT32: "<i",
-    GGUFValueType.FLOAT32: "<f",
-    GGUFValueType.BOOL: "<?",
-    GGUFValueType.UINT64: "<Q",
-    GGUFValueType.INT64: "<q",
-    GGUFValueType.FLOAT64: "<d",
-}
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", FLOAT32: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+}  # fmt: skip
+# ggml's types of tensors: number -> name, elements of a block, bytes of a block
+TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
+}  # fmt: skip
 
 
 class TensorInfo(NamedTuple):
-    """`shape`: slowest dimension first; `start`: first byte in the file."""
+    """`shape`: slowest dimension first; `kind`: ggml's number of the type; `start`: first byte in the file."""
 
     shape: tuple[int, ...]
-    kind: GGMLQuantizationType
+    kind: int
     start: int
 
     @property
     def n_bytes(self) -> int:
-        block, size = GGML_QUANT_SIZES[self.kind]
-        return prod(self.shape) // block * size
+        _, block, size = TYPES[self.kind]
+        return math.prod(self.shape) // block * size
+
+
+class GGUFHeader(NamedTuple):
+    """What a file says of itself.
+
+    Attributes:
+        metadata: key -> a number or a string; of an array only the length, as a tuple.
+        tensors: name -> where and what it is.
+        n_bytes: of the header, up to the padding before the data.
+    """
+
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    n_bytes: int
 
 
 class _Cursor:
@@ -46,15 +67,17 @@ class _Cursor:
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.position, self.what = path, data, 0, "header"
+        self.end = min(len(data), MAX_HEADER_BYTES)
 
     def fail(self, problem: str) -> ValueError:
         return ValueError(f"{self.path}: {self.what}: {problem}")
 
     def take(self, count: int) -> int:
         """Where the next `count` bytes begin."""
-        start, left = self.position, len(self.data) - self.position
+        start, left = self.position, self.end - self.position
         if count > left:
-            raise self.fail(f"{count:,} bytes from byte {start:,} on, but only {left:,} are left (truncated file?)")
+            why = "truncated file?" if self.end == len(self.data) else f"a header has at most {self.end:,}"
+            raise self.fail(f"{count:,} bytes from byte {start:,} on, but only {left:,} are left ({why})")
         self.position += count
         return start
 
@@ -68,53 +91,63 @@ class _Cursor:
         return found
 
     def string(self, limit: int | None = None) -> str:
-        length = self.count(len(self.data) if limit is None else limit, "length of a string")
+        length = self.count(self.end if limit is None else limit, "length of a string")
         start = self.take(length)
         try:
             return self.data[start : start + length].decode()
         except UnicodeDecodeError as error:
             raise self.fail(f"text that is not UTF-8 ({error})") from None
 
-    def value_type(self) -> GGUFValueType:
+    def value_type(self) -> int:
         found = self.number("<I")
-        if found not in GGUFValueType._value2member_map_:
-            raise self.fail(f"value type is {found}, allowed are 0 to {max(GGUFValueType)}")
-        return GGUFValueType(found)
+        if found not in SCALARS and found not in (STRING, ARRAY):
+            raise self.fail(f"value type is {found}, allowed are 0 to {max(SCALARS)}")
+        return found
 
     def value(self) -> Any:
         """A scalar or a string. Arrays are passed over, their length is returned in a tuple."""
         kind = self.value_type()
-        if kind == GGUFValueType.STRING:
+        if kind == STRING:
             return self.string()
-        if kind == GGUFValueType.FLOAT32:  # the shortest decimal that is this number: 1e-06, not 9.99999997e-07
-            return float(str(np.float32(self.number("<f"))))
-        if kind != GGUFValueType.ARRAY:
-            return self.number(SCALARS[kind])
+        if kind != ARRAY:
+            value = self.number(SCALARS[kind])
+            return _shortest(value) if kind == FLOAT32 and math.isfinite(value) else value
         inner = self.value_type()
-        if inner == GGUFValueType.ARRAY:
+        if inner == ARRAY:
             raise self.fail("an array of arrays, allowed are arrays of numbers and strings")
-        if inner == GGUFValueType.STRING:
+        if inner == STRING:
             count = self.count(MAX_STRINGS, "number of strings")
             for _ in range(count):
-                self.take(self.count(len(self.data), "length of a string"))
+                self.take(self.count(self.end, "length of a string"))
         else:
-            count = self.count(len(self.data), "number of elements")
+            count = self.count(self.end, "number of elements")
             self.take(count * struct.calcsize(SCALARS[inner]))
         return (count,)
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Metadata (key -> value; of arrays only the length, as a tuple) and tensors (name -> where and what it is).
+def _shortest(value: float) -> float:
+    """The shortest decimal that is this single-precision number: 1e-06, not 9.99999997e-07."""
+    # six digits are never more than needed, but for subnormal numbers
+    for digits in range(6 if abs(value) > 1e-37 else 1, 9):
+        decimal = float(f"{value:.{digits}g}")
+        if struct.pack("<f", decimal) == struct.pack("<f", value):
+            return decimal
+    return float(f"{value:.9g}")
+
+
+def read_header(path: str | PathLike[str]) -> GGUFHeader:
+    """Check a GGUF file's header and read it; no tensor is read.
 
     Raises:
         ValueError: not a whole little-endian GGUF file; names the file and the key or tensor, with what is allowed.
     """
+    path = Path(path)
     if path.stat().st_size < 24:
         raise ValueError(f"{path}: header: found {path.stat().st_size} bytes, a GGUF file has at least 24")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cursor = _Cursor(path, data)
-        if (magic := cursor.number("<I")) != GGUF_MAGIC:
-            raise cursor.fail(f"begins with {magic:#x}, a GGUF file with {GGUF_MAGIC:#x} ('GGUF')")
+        if (magic := data[cursor.take(4) : cursor.position]) != MAGIC:
+            raise cursor.fail(f"begins with {magic!r}, a GGUF file with {MAGIC!r}")
         if (version := cursor.number("<I")) not in VERSIONS:
             raise cursor.fail(f"version is {version}, allowed are {VERSIONS} in little-endian order")
         n_tensors = cursor.count(MAX_TENSORS, "number of tensors")
@@ -127,10 +160,11 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
             if key in metadata:
                 raise cursor.fail("is there twice")
             metadata[key] = cursor.value()
-        return metadata, _read_tensors(cursor, n_tensors, metadata)
+        tensors = _read_tensors(cursor, n_tensors)
+        return GGUFHeader(metadata, _placed(cursor, tensors, metadata), cursor.position)
 
 
-def _read_tensors(cursor: _Cursor, n_tensors: int, metadata: dict[str, Any]) -> dict[str, TensorInfo]:
+def _read_tensors(cursor: _Cursor, n_tensors: int) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for i in range(n_tensors):
         cursor.what = f"tensor {i}"
@@ -145,15 +179,19 @@ def _read_tensors(cursor: _Cursor, n_tensors: int, metadata: dict[str, Any]) -> 
         if 0 in shape:
             raise cursor.fail(f"is {list(shape)}, allowed are dimensions from 1 on")
         kind, offset = cursor.number("<I"), cursor.number("<Q")
-        if kind not in GGMLQuantizationType._value2member_map_:
+        if kind not in TYPES:
             raise cursor.fail(f"type is {kind}, which is none of ggml's")
-        info = TensorInfo(shape, GGMLQuantizationType(kind), offset)
-        if shape[-1] % (block := GGML_QUANT_SIZES[info.kind][0]):
-            raise cursor.fail(f"rows of {shape[-1]} in {info.kind.name}, allowed are multiples of {block}")
-        tensors[name] = info
+        label, block, _ = TYPES[kind]
+        if shape[-1] % block:
+            raise cursor.fail(f"rows of {shape[-1]} in {label}, allowed are multiples of {block}")
+        tensors[name] = TensorInfo(shape, kind, offset)
+    return tensors
 
-    cursor.what = f"key {Keys.General.ALIGNMENT}"
-    alignment = metadata.get(Keys.General.ALIGNMENT, GGUF_DEFAULT_ALIGNMENT)
+
+def _placed(cursor: _Cursor, tensors: dict[str, TensorInfo], metadata: dict[str, Any]) -> dict[str, TensorInfo]:
+    """The tensors with their first byte in the file instead of that in the data."""
+    cursor.what = f"key {ALIGNMENT_KEY}"
+    alignment = metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
     if type(alignment) is not int or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         raise cursor.fail(f"is {alignment!r:.100}, allowed are powers of two up to {MAX_ALIGNMENT:,}")
     data_start = -(-cursor.position // alignment) * alignment
