@@ -71,7 +71,7 @@ def evaluate(
     for source in () if classifier else text or ("stdlib",):
         rows = text_rows(read_text(source), tokenizer, min(length, config.max_position_embeddings), limit, seed)
         if rows.text.name in scored:
-            raise ValueError(f"text {source!r}: found a second one called {rows.text.name!r}, allowed is one of a name")
+            raise ValueError(f"text {source!r}: found a second one called {rows.text.name!r}; allowed is one")
         say(f"text {source}: {len(rows.chosen)} rows")
         results = {**text_results(model, rows), "mtp_acceptance": mtp_acceptance(model, rows.prompts())}
         record["text"][rows.text.name] = results

@@ -148,6 +148,8 @@ def scan_folder(folder: Path, variant: str | None = None) -> dict[str, TensorEnt
         found = f"found {', '.join(pickles)}, but only safetensors are read" if pickles else "no weights found"
         raise ValueError(f"{folder}: {found}; expected {single.name} or {index.name}")
 
+    if single.exists():  # transformers would read this one, whatever the index says
+        raise ValueError(f"{folder}: has {single.name} and {index.name}; allowed is one, delete that of an older save")
     content = read_json(index)
     weight_map, metadata = None, None
     if isinstance(content, dict):

@@ -850,3 +850,18 @@ def test_load_state_dict_reports_experts_that_do_not_fit() -> None:
     }
     empty.load_state_dict(state, strict=False, assign=True)
     assert all((p == 1).all() and not p.is_meta for p in empty.model.layers[1].mlp.experts.parameters())
+
+
+@pytest.mark.parametrize("sharded_first", [True, False])
+def test_a_save_replaces_one_that_was_sharded_otherwise(tmp_path: Path, sharded_first: bool) -> None:
+    """Or transformers would read the old weights, or an index of files that are gone."""
+    old, new = build(tiny_config()), build(tiny_config())
+    with torch.no_grad():
+        new.lm_head.weight.add_(1)
+    sizes = ["100KB", "5GB"] if sharded_first else ["5GB", "100KB"]
+    for model, size in zip((old, new), sizes, strict=True):
+        model.save_pretrained(tmp_path, max_shard_size=size)
+    assert torch.equal(DeepseekV3ForCausalLM.from_pretrained(tmp_path).lm_head.weight, new.lm_head.weight)
+    (tmp_path / ("model.safetensors.index.json" if sharded_first else "model.safetensors")).touch()
+    with pytest.raises(ValueError, match="has model.safetensors and model.safetensors.index.json"):
+        DeepseekV3ForCausalLM.from_pretrained(tmp_path)
