@@ -188,7 +188,7 @@ def check_tensors(
     if missing:
         problems.append(f"{len(missing)} missing: {_shorten(missing)}")
         if all(_layer_of(name) >= config.num_hidden_layers for name in missing):
-            problems.append("only MTP layers are missing: pass num_nextn_predict_layers=0 to load without them")
+            problems.append("only MTP layers are missing: pass num_nextn_predict_layers=0, or write it into config.json, to do without")
     if unexpected:
         problems.append(f"{len(unexpected)} unexpected: {_shorten(unexpected)}")
     if wrong:

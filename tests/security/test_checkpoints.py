@@ -303,6 +303,7 @@ def test_a_header_of_many_small_objects_is_refused(folder) -> None:
 
 
 def test_an_index_of_many_small_objects_is_refused(folder) -> None:
+    (folder / SINGLE).unlink()
     (folder / INDEX).write_bytes(SMALL_OBJECTS)
     assert_refused(limited(load(folder)), folder / INDEX)
 
