@@ -8,7 +8,8 @@ import logging
 # peft imports bitsandbytes, which on CPUs with AVX512-BF16 looks for a kernel on the Hub and warns of its absence.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-from .lora import TARGETS, apply_lora, load_adapter, lora_config, report_trainable  # noqa: E402
+from .adapters import load_adapter  # noqa: E402
+from .lora import TARGETS, apply_lora, lora_config, report_trainable  # noqa: E402
 from .recipe import FinetuneRecipe  # noqa: E402
 from .run import finetune  # noqa: E402
 from .tasks import TASKS, TaskData, load_task  # noqa: E402

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) on every part of the architecture, through PEFT: which tensors, how many, and their files.
+"""LoRA (arXiv 2106.09685) on every part of the architecture, through PEFT: which tensors, and how many.
 
 An adapter is an ordinary PEFT adapter: `PeftModel.from_pretrained` loads it on this model and on stock transformers'
 without this package. What is ours is the choice of targets, which PEFT cannot express for this architecture (it reads
@@ -12,21 +12,15 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration import DeepseekV3Config
-from ..configuration.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
-from ..modeling_deepseek_v3.checkpoint import FLOATING
-from ..modeling_deepseek_v3.weight_files import TensorEntry, read_header
 from .expert_lora import quantized_weights, quantized_weights_as_parameters, register_wrappers
 
 _SWIGLU = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
@@ -197,72 +191,15 @@ def apply_lora(
     config = lora_config(model.config, targets, rank, alpha, layers, mtp, task_type)
     names = target_names(model.config, targets, layers, mtp)
     _check_dropout(dropout, names)
-    with _injecting(model):
+    with injecting(model):
         peft_model = get_peft_model(model, config)
     _check_trainable(peft_model, names)
     set_dropout(peft_model, dropout)
     return peft_model
 
 
-def load_adapter(
-    model: PreTrainedModel | PeftModel,
-    path: str | PathLike,
-    trainable: bool = False,
-    adapter_name: str = "default",
-) -> PeftModel:
-    """`PeftModel.from_pretrained`, or `load_adapter` of a model that has adapters, with this package's wrappers.
-
-    `path`: a folder that an adapter was saved in, by this package or by plain PEFT, or a repository on the Hub. Its
-    files are checked first, and its tensors must be those of the configuration, no more and no fewer; but those of MTP
-    layers that the model lacks are left out.
-
-    Raises:
-        ValueError: names the file and the field or tensor, what was found and what is allowed; `model` then has an
-            untrained adapter, unless the configuration was refused.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(str(path), allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
-    file = folder / ADAPTER_WEIGHTS
-    fields = read_adapter_config(folder)
-    if not file.is_file():
-        raise ValueError(f"{folder}: found no {ADAPTER_WEIGHTS}, allowed are adapters in that file")
-    entries = read_header(file)
-    base = fields.pop("base_model_name_or_path", None)  # get_peft_model warns of another name, and puts its own
-    config = register_wrappers(LoraConfig(**fields))
-    config.inference_mode = not trainable
-    with _injecting(model):
-        if isinstance(model, PeftModel):
-            model.add_adapter(adapter_name, config)
-        else:
-            model = get_peft_model(model, config, adapter_name)
-    _check_tensors(entries, model, adapter_name, file)
-    model.load_adapter(str(folder), adapter_name, is_trainable=trainable)
-    model.set_requires_grad(adapter_name, trainable)
-    config.base_model_name_or_path = base
-    return model
-
-
-def _check_tensors(entries: Mapping[str, TensorEntry], model: PeftModel, adapter_name: str, file: Path) -> None:
-    """PEFT fills what is missing with random numbers, and ignores what it does not know."""
-    required = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    # an adapter of embedding or head may hold the base's weight, too
-    known = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=True)
-    problems = [f"{name:.200} is missing" for name in required if name not in entries]
-    for name, entry in entries.items():
-        if name not in known:
-            layer = re.search(r"\.layers\.(\d{1,9})\.", name)
-            if layer is None or int(layer[1]) < model.config.num_hidden_layers:
-                problems.append(f"{name:.200} is unexpected")
-        elif entry.shape != known[name].shape or entry.dtype not in FLOATING:
-            needed = f"{list(known[name].shape)} in {', '.join(FLOATING)}"
-            problems.append(f"{name:.200} is {entry.dtype} {list(entry.shape)}, allowed is {needed}")
-    if problems:
-        raise ValueError(f"{file}: {'; '.join(problems[:4])} ({len(problems)} such)")
-
-
 @contextmanager
-def _injecting(model: nn.Module) -> Iterator[None]:
+def injecting(model: nn.Module) -> Iterator[None]:
     with quantized_weights_as_parameters(model), warnings.catch_warnings():
         # PEFT looks for them among the names of modules only, and warns of all that stand for parameters.
         warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)

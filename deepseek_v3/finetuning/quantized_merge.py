@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..quantization import dequantize_
-from .lora import load_adapter
+from .adapters import load_adapter
 
 
 def merge_quantized(model: PeftModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -188,7 +188,8 @@ def check_tensors(
     if missing:
         problems.append(f"{len(missing)} missing: {_shorten(missing)}")
         if all(_layer_of(name) >= config.num_hidden_layers for name in missing):
-            problems.append("only MTP layers are missing: pass num_nextn_predict_layers=0, or write it into config.json, to do without")
+            hint = "pass num_nextn_predict_layers=0, or write it into config.json, to do without"
+            problems.append(f"only MTP layers are missing: {hint}")
     if unexpected:
         problems.append(f"{len(unexpected)} unexpected: {_shorten(unexpected)}")
     if wrong:

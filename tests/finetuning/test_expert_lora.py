@@ -6,8 +6,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import nn
 
+from deepseek_v3.finetuning.adapters import load_adapter
 from deepseek_v3.finetuning.expert_lora import ExpertsLora, RouterLora, WeightLora, register_wrappers
-from deepseek_v3.finetuning.lora import adapted, apply_lora, load_adapter, lora_config, set_dropout
+from deepseek_v3.finetuning.lora import adapted, apply_lora, lora_config, set_dropout
 from tests.finetuning.helpers import PATTERN_WARNING, adapted_pair, base, plain, quantize_experts, randomized
 from tests.modeling_deepseek_v3.helpers import (
     assert_same_gradients,

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from deepseek_v3 import DeepseekV3ForSequenceClassification, DeepseekV3ForTokenClassification
+from deepseek_v3.finetuning.adapters import load_adapter
 from deepseek_v3.finetuning.lora import (
     TARGETS,
     apply_lora,
-    load_adapter,
     lora_config,
     report_trainable,
     target_names,

@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from deepseek_v3.finetuning.lora import apply_lora, load_adapter
+from deepseek_v3.finetuning.adapters import load_adapter
+from deepseek_v3.finetuning.lora import apply_lora
 from deepseek_v3.finetuning.quantized_merge import merge_quantized
 from deepseek_v3.quantization import dequantize_, nf4_config, quantize_nf4_
 from tests.modeling_deepseek_v3.helpers import build, gradients, relative_error, tiny_config, tokens

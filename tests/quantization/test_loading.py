@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification, DeepseekV3Model
-from deepseek_v3.finetuning.lora import apply_lora, load_adapter, report_trainable
+from deepseek_v3.finetuning.adapters import load_adapter
+from deepseek_v3.finetuning.lora import apply_lora, report_trainable
 from deepseek_v3.finetuning.quantized_merge import merge_quantized
 from deepseek_v3.quantization import (
     PackedWeight,
