@@ -10,10 +10,10 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..configuration import DeepseekV3Config, num_parameters
+from ..durable import write_json
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from ..process import environment, say
 from .harness import harness_results
-from .record import write_record
 from .speed import mtp_acceptance, peak_memory_bytes, throughput
 from .text import LENGTH, TextRows, read_text, text_anchors, text_results, text_rows
 
@@ -95,5 +95,5 @@ def evaluate(
     further = sum(p.numel() for p in model.score.parameters()) - counted.head if classifier else counted.mtp
     record["parameters"] = counted.total + further
     record |= {"environment": environment(device), "date": time.strftime("%Y-%m-%d")}
-    write_record(folder / RECORD, record)
+    write_json(folder / RECORD, record, allow_nan=False)
     return record

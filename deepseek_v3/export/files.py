@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..durable import sync, write_json
 from ..modeling_deepseek_v3.weight_files import INDEX_NAME, WEIGHTS_NAME
 from .steps import Output, Step
 from .stored import DTYPES, bytes_of
@@ -95,16 +96,6 @@ def write_index(folder: Path, files: Sequence[PlannedFile], parameters: int) -> 
     metadata = {"total_parameters": parameters, "total_size": sum(output.n_bytes for output, _ in outputs)}
     weight_map = {output.name: name for output, name in sorted(outputs, key=lambda pair: pair[0].name)}
     write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 class Journal:
@@ -240,16 +231,8 @@ class PartialFile:
             return
         os.fsync(self._file.fileno())
         self.partial.rename(self.path)
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
 
     @property
     def sha256(self) -> str:
         return self._hash.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
+from ..durable import file_sha256, write_json
 from ..process import environment, locked, say, stop_signals
-from .files import Journal, PartialFile, PlannedFile, plan_safetensors, write_index, write_json
+from .files import Journal, PartialFile, PlannedFile, plan_safetensors, write_index
 from .folder import (
     LOCK,
     PLAN,
@@ -33,7 +34,6 @@ from .folder import (
 from .memory import peak_memory, reset_peak_memory
 from .source import Source
 from .steps import Step
-from .stored import file_sha256
 
 # name -> module of this package
 FORMATS = {

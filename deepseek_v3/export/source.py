@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from ..configuration import DeepseekV3Config
+from ..configuration.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..durable import file_sha256
 from ..modeling_deepseek_v3.checkpoint import check_tensors, mtp_copies, tensor_shapes
 from ..modeling_deepseek_v3.weight_files import scan_folder
-from .adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, base_folder
+from .adapter import Adapter, base_folder
 from .decoding import stored_tensors
-from .stored import Stored, bytes_of, file_sha256, regions
+from .stored import Stored, bytes_of, regions
 
 EMBEDDING = "model.embed_tokens.weight"
 COMPARED_ROWS = 1024

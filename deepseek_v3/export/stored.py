@@ -3,7 +3,6 @@
 Bytes are read into fresh memory. A tensor over a memory map would stay resident for as long as the system likes.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,11 +32,6 @@ PLAIN = ("BF16", "F16", "F32", "F64")
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes as they lie in a file; without copying those of a contiguous tensor."""
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Region(NamedTuple):

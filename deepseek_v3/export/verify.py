@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..configuration import DeepseekV3Config
-from ..evaluation.record import write_record
+from ..durable import write_json
 from ..evaluation.speed import mtp_acceptance, throughput
 from ..evaluation.text import LENGTH, TextRows, read_text, text_rows
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
@@ -123,7 +123,7 @@ def verify(
         report |= _compare_models(reference, export, packed, drawn)
     report |= {"environment": environment(_device()), "date": time.strftime("%Y-%m-%d")}
     report |= {"thresholds": asdict(limits), "failures": _failures(report, limits)}
-    write_record(where / RECORD, report)
+    write_json(where / RECORD, report, allow_nan=False)
     return report
 
 

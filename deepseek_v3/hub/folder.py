@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..configuration import DeepseekV3Config
+from ..configuration.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..modeling_deepseek_v3.checkpoint import check_tensors
 from ..modeling_deepseek_v3.weight_files import INDEX_NAME, read_header, read_json, scan_folder
 from .card import CARD, RECORD
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Published if they are there, beside the weights. No pickles, no training arguments, no optimizer states.
 ALLOWED = frozenset(
     {

@@ -11,8 +11,9 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..configuration.adapter_file import ADAPTER_CONFIG
 from .card import CARD, HERE
-from .folder import ADAPTER_CONFIG, Publication, read_folder, recorded_hashes
+from .folder import Publication, read_folder, recorded_hashes
 from .metadata import base_models, read_card
 from .remote import Content, Remote, different
 from .secrets import check_no_secrets

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
@@ -12,6 +11,7 @@ from ..modeling_deepseek_v3.layers import DeepseekV3Linear
 from ..modeling_deepseek_v3.moe import EXPERT_WEIGHTS, DeepseekV3Experts
 from .models import replace_weight_
 from .packed import BLOCK, NF4Weight, decode, decode_scales
+from .packed_weight import DequantizedProduct
 
 HEADS = ("lm_head", "score")  # the output layers of our models; embeddings, norms and router are no linear layers
 
@@ -82,7 +82,7 @@ class NF4Linear(Linear4bit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
             return super().forward(x)
-        output = _Product.apply(x.to(self.compute_dtype), self)
+        output = DequantizedProduct.apply(x.to(self.compute_dtype), self)
         return (output if self.bias is None else output + self.bias).to(x.dtype)
 
     @torch.no_grad()
@@ -93,19 +93,6 @@ class NF4Linear(Linear4bit):
         if state.nested:
             absmax = decode_scales(absmax, state.state2.absmax[None], state.state2.code, state.offset[None])
         return decode(self.weight.data.view(1, -1), absmax, state.shape, dtype).squeeze(0)
-
-
-class _Product(torch.autograd.Function):
-    """`x W^T` with a weight that is dequantized anew in backward."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, layer: NF4Linear) -> torch.Tensor:
-        ctx.layer = layer
-        return F.linear(x, layer.dequantize(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return torch.matmul(grad, ctx.layer.dequantize(grad.dtype)), None
 
 
 def pack_linear_(layer: NF4Linear, weight: torch.Tensor) -> None:

@@ -1,5 +1,7 @@
 """Weights that stay in memory as the file holds them, and linear layers made of them."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -63,7 +65,7 @@ class PackedWeight(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         product = self.layout.linear(rows, self.parts, self.matrix, self._cache)
         if product is None:
-            product = _Product.apply(rows, self)
+            product = DequantizedProduct.apply(rows, self)
         return product.view(*x.shape[:-1], self.matrix[0])
 
     def stored(self, name: str) -> dict[str, torch.Tensor]:
@@ -99,11 +101,14 @@ class GroupedPackedWeight(PackedWeight):
         return self.layout.grouped_linear(x, self.parts, offsets, self._cache)
 
 
-class _Product(torch.autograd.Function):
-    """`x W^T` with a weight that is dequantized anew in backward."""
+class DequantizedProduct(torch.autograd.Function):
+    """`x W^T` with a weight that is dequantized in forward and anew in backward.
+
+    `weight`: whatever has `dequantize(dtype) -> [out, in]`, a packed weight or a layer around one.
+    """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, weight: Any) -> torch.Tensor:
         ctx.weight = weight
         return F.linear(x, weight.dequantize(x.dtype))
 

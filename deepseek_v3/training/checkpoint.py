@@ -16,12 +16,9 @@ from typing import Any
 
 import torch
 
+from ..durable import file_sha256, sync
+
 MANIFEST = "manifest.json"
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -34,14 +31,6 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 def _step(state: Path) -> int:
     return int(state.name.removeprefix("step-"))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_state(
@@ -65,15 +54,15 @@ def save_state(
         temporary.mkdir(parents=True)
         save_model(temporary / "model")
         torch.save(optimizer_state, temporary / "optimizer.pt")
-        sizes = {str(f.relative_to(temporary)): [f.stat().st_size, _sha256(f)] for f in _files(temporary)}
+        sizes = {str(f.relative_to(temporary)): [f.stat().st_size, file_sha256(f)] for f in _files(temporary)}
         manifest = {"step": step, "files": sizes, "record": record}
         (temporary / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1))
         for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
+            sync(path)
         if final.exists():
             final.rename(root / f".step-{step}.tmp-replaced")
         temporary.rename(final)
-        _sync(root)
+        sync(root)
     except Exception as error:  # safetensors and torch.save report a full disk as errors of their own
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(root).free
@@ -114,7 +103,7 @@ def verify_state(state: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: missing")
         if file.stat().st_size != size:
             raise ValueError(f"{file}: {file.stat().st_size} of {size} bytes")
-        if _sha256(file) != digest:
+        if file_sha256(file) != digest:
             raise ValueError(f"{file}: its contents changed since it was saved (SHA-256 differs)")
     return manifest
 

@@ -203,7 +203,7 @@ def test_a_failing_sync_is_named_and_earlier_states_stay(
 ) -> None:
     save(tmp_path, 10)
     fault = Fault(os.fsync, at, OSError(number, os.strerror(number)))
-    monkeypatch.setattr(checkpoint.os, "fsync", fault)
+    monkeypatch.setattr(os, "fsync", fault)
     with pytest.raises(OSError) as caught:
         save(tmp_path, 20, keep=1)
     monkeypatch.undo()
@@ -221,7 +221,7 @@ def test_a_failing_sync_is_named_and_earlier_states_stay(
 def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files, their folders (a file's name is in its folder), then the rename, then the folder of the states."""
     events: list[str] = []
-    sync, rename = checkpoint._sync, Path.rename
+    sync, rename = checkpoint.sync, Path.rename
 
     def log_sync(path: Path) -> None:
         events.append("." if path == tmp_path else str(path.relative_to(tmp_path)).partition("/")[2] or "state")
@@ -231,7 +231,7 @@ def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
         events.append("rename")
         return rename(path, target)
 
-    monkeypatch.setattr(checkpoint, "_sync", log_sync)
+    monkeypatch.setattr(checkpoint, "sync", log_sync)
     monkeypatch.setattr(Path, "rename", log_rename)
     save(tmp_path, 1)
     at = events.index("rename")
