@@ -21,10 +21,10 @@ from common import RESULTS, write_results
 OUTPUT = Path("outputs/benchmark-finetuning")
 FILE = RESULTS / "finetuning.jsonl"
 TASKS: dict[str, dict[str, Any]] = {
-    "german-credit": {"epochs": 3, "max_length": 256, "batch_size": 16, "learning_rate": 3e-4},
+    "german-credit": {"epochs": 2, "max_length": 256, "batch_size": 16, "learning_rate": 3e-4},
     "icd10-chapter": {"epochs": 4, "max_length": 64, "batch_size": 32, "learning_rate": 5e-4, "limit": 4000},
     "financial-phrasebank": {"epochs": 2, "max_length": 128, "batch_size": 16, "learning_rate": 5e-4},
-    "pubmedqa": {"epochs": 3, "max_length": 448, "batch_size": 8, "learning_rate": 3e-4},
+    "pubmedqa": {"epochs": 2, "max_length": 448, "batch_size": 8, "learning_rate": 3e-4},
 }
 FOLDERS = {"financial-phrasebank": "financial_phrasebank", "pubmedqa": "pubmedqa_pqal"}
 LORA = {"method": "lora", "rank": 8}

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from ..configuration.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from ..modeling_deepseek_v3.checkpoint import FLOATING
 from ..modeling_deepseek_v3.weight_files import TensorEntry, read_header
-from .expert_lora import register_wrappers
 from .lora import injecting
+from .lora_layers import register_layers
 
 
 def load_adapter(
@@ -42,7 +42,7 @@ def load_adapter(
         raise ValueError(f"{folder}: found no {ADAPTER_WEIGHTS}, allowed are adapters in that file")
     entries = read_header(file)
     base = fields.pop("base_model_name_or_path", None)  # get_peft_model warns of another name, and puts its own
-    config = register_wrappers(LoraConfig(**fields))
+    config = register_layers(LoraConfig(**fields))
     config.inference_mode = not trainable
     with injecting(model):
         if isinstance(model, PeftModel):

@@ -11,7 +11,7 @@ from ..data import IGNORE_INDEX
 
 Row = Mapping[str, Any]
 # Lengths are rounded up to this: on a CPU every new shape costs the compilation of a matrix product.
-PAD_MULTIPLE = 16
+PAD_MULTIPLE = 8
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 An adapter is an ordinary PEFT adapter: `PeftModel.from_pretrained` loads it on this model and on stock transformers'
 without this package. What is ours is the choice of targets, which PEFT cannot express for this architecture (it reads
 `gate_proj` and its like as the routed experts, wherever they stand), and how adapters of the experts are computed
-(`expert_lora`).
+(`lora_layers`).
 
 Fine-tuning leaves the routing bias as it is: only the pretraining loop's `RoutingBiasHook` ever changes it.
 """
@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration import DeepseekV3Config
-from .expert_lora import quantized_weights, quantized_weights_as_parameters, register_wrappers
+from .lora_layers import quantized_weights, quantized_weights_as_parameters, register_layers
 
 _SWIGLU = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 # Target set -> names within a decoder layer: modules for the attention, parameters for the others.
@@ -135,7 +135,7 @@ def lora_config(
     # modules are kept short because it would shorten a list of 20 itself.
     attention = sorted({name.rpartition(".")[2] for name in names.get("attention", ())})
     selected = {"layers_to_transform": list(_layers(config, layers, mtp)), "layers_pattern": "layers"}
-    return register_wrappers(
+    return register_layers(
         LoraConfig(
             task_type=task_type,
             r=ranks[first],

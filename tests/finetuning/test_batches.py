@@ -34,7 +34,7 @@ REWRITING = CHATML.replace("m['content']", "(m['content'] if loop.last or m['rol
 
 
 def say(*turns: str) -> list[dict[str, str]]:
-    """"s text", "u text", "a text" to messages."""
+    """ "s text", "u text", "a text" to messages."""
     roles = {"s": "system", "u": "user", "a": "assistant"}
     return [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]
 
@@ -140,10 +140,10 @@ def test_classification_is_cut_and_padded(tokenizer: PreTrainedTokenizerBase) ->
     assert [row["input_ids"] for row in long] == full
     assert [row["input_ids"] for row in short] == [ids[:3] for ids in full] and len(full[0]) > 3
     batch = pad_classification(long, tokenizer.pad_token_id)
-    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 16)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 8)
     for row, ids in enumerate(full):
-        assert batch["input_ids"][row].tolist() == ids + [tokenizer.pad_token_id] * (16 - len(ids))
-        assert batch["attention_mask"][row].tolist() == [1] * len(ids) + [0] * (16 - len(ids))
+        assert batch["input_ids"][row].tolist() == ids + [tokenizer.pad_token_id] * (8 - len(ids))
+        assert batch["attention_mask"][row].tolist() == [1] * len(ids) + [0] * (8 - len(ids))
     assert batch["labels"].tolist() == [0, 1] and {value.dtype for value in batch.values()} == {torch.int64}
 
 

@@ -52,7 +52,7 @@ def saved(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 7e-2)])
 def test_gradients_equal_those_on_the_dequantized_base(dtype, tolerance) -> None:
     quantized = quantize_nf4_(base().to(dtype))
     plain = dequantize_(copy.deepcopy(quantized))

@@ -194,8 +194,7 @@ class _Experts(torch.autograd.Function):
         row_mask = _mask(activated, dropout) if down_a is not None else None
         output = _base_product(activated, down, ends)
         if down_a is not None:
-            inner = _product(_masked_(activated, row_mask), down_a.mT, ends)
-            _product(inner, down_b.mT, ends, add_to=output)
+            _expand(_reduce(_masked_(activated, row_mask), down_a, ends), down_b.mT, ends, add_to=output)
         ctx.base = gate_up, down
         factors = gate_up_a, gate_up_b, down_a, down_b
         ctx.save_for_backward(hidden, weights, *factors, *sorted_choices, token_mask, row_mask, projected)
@@ -216,36 +215,36 @@ class _Experts(torch.autograd.Function):
         grad_rows = gather(grad, token_of)
         grad_activated = _product(grad_rows, _dense(down, hidden.dtype), ends)
         if down_a is not None:
-            inner = _product(grad_rows, down_b, ends)
+            inner = _reduce(grad_rows, down_b.mT, ends)
             if row_mask is None:
-                _product(inner, down_a, ends, add_to=grad_activated)
+                _expand(inner, down_a, ends, add_to=grad_activated)
             else:
-                grad_activated += _masked_(_product(inner, down_a, ends), row_mask)
+                grad_activated += _masked_(_expand(inner, down_a, ends), row_mask)
         row_weights = weights_of_rows(weights, row_of, projected)
         grad_projected, grad_row_weights, activated = weighted_swiglu_backward(projected, row_weights, grad_activated)
         del projected, grad_activated
         grads[1] = grad_row_weights.squeeze(1)[row_of].to(weights.dtype)
         if down_a is not None:
             activated = _masked_(activated, row_mask)
-            grads[4] = _outer(inner, activated, ends)
-            grads[5] = _outer(grad_rows, _product(activated, down_a.mT, ends), ends)
+            grads[4] = _factor_grad(inner, activated, down_a, ends)
+            grads[5] = _factor_grad(_reduce(activated, down_a, ends), grad_rows, down_b.mT, ends).mT
         del grad_rows, activated
 
         if gate_up_a is not None:
-            inner = _product(grad_projected, gate_up_b, ends)
+            inner = _reduce(grad_projected, gate_up_b.mT, ends)
             rows = _gather_masked(hidden, token_mask, token_of)
-            grads[2] = _outer(inner, rows, ends)
-            grads[3] = _outer(grad_projected, _product(rows, gate_up_a.mT, ends), ends)
+            grads[2] = _factor_grad(inner, rows, gate_up_a, ends)
+            grads[3] = _factor_grad(_reduce(rows, gate_up_a, ends), grad_projected, gate_up_b.mT, ends).mT
             del rows
         if ctx.needs_input_grad[0]:
             grad_rows = _product(grad_projected, _dense(gate_up, hidden.dtype), ends)
             del grad_projected
             if gate_up_a is not None and token_mask is None:
-                _product(inner, gate_up_a, ends, add_to=grad_rows)
+                _expand(inner, gate_up_a, ends, add_to=grad_rows)
             grads[0] = gather_sum(grad_rows, row_of)
             if gate_up_a is not None and token_mask is not None:
                 del grad_rows
-                grads[0] += _masked_(gather_sum(_product(inner, gate_up_a, ends), row_of), token_mask)
+                grads[0] += _masked_(gather_sum(_expand(inner, gate_up_a, ends), row_of), token_mask)
         return *grads, None, None, None, None
 
 
@@ -256,7 +255,7 @@ def _project(hidden, token_mask, a, b, gate_up, token_of, ends) -> torch.Tensor:
     if a is not None:
         if token_mask is not None:
             rows = _gather_masked(hidden, token_mask, token_of)
-        _product(_product(rows, a.mT, ends), b.mT, ends, add_to=projected)
+        _expand(_reduce(rows, a, ends), b.mT, ends, add_to=projected)
     return projected
 
 
@@ -292,6 +291,42 @@ def _keeps_projections(device: torch.device) -> bool:
 
 def _takes_grouped_mm(device: torch.device, dtype: torch.dtype, *widths: int) -> bool:
     return device.type != "cpu" and dtype in DTYPES and all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
+# Rows within the adapters are `[R, r]`; or, where that is faster, `[R, E r]`: the products with all experts' factors
+# side by side, of which a row keeps its own expert's and the others are zero.
+
+
+def _side_by_side(rows: torch.Tensor, factor: torch.Tensor) -> bool:
+    """A CPU multiplies a few columns in bf16 as slowly as many."""
+    few = factor.shape[0] * factor.shape[1] <= 256
+    return few and rows.device.type == "cpu" and rows.dtype == torch.bfloat16
+
+
+def _reduce(rows: torch.Tensor, factor: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows `[R, i]` times their experts' `[E, r, i]`."""
+    if not _side_by_side(rows, factor):
+        return _product(rows, factor.mT, ends)
+    expert = torch.searchsorted(ends, torch.arange(len(rows), dtype=ends.dtype), right=True)
+    column = torch.arange(len(ends)).repeat_interleave(factor.shape[1])
+    return torch.mm(rows, factor.flatten(0, 1).t()).masked_fill_(expert[:, None] != column, 0)
+
+
+def _expand(
+    inner: torch.Tensor, factor: torch.Tensor, ends: torch.Tensor, add_to: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows `inner` times their experts' `[E, r, o]` -> `[R, o]`."""
+    if not _side_by_side(inner, factor):
+        return _product(inner, factor, ends, add_to)
+    factor = factor.flatten(0, 1)
+    return torch.mm(inner, factor) if add_to is None else add_to.addmm_(inner, factor)
+
+
+def _factor_grad(inner: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """`inner^T rows` over each expert's rows `[R, a]` -> `[E, r, a]`, as `factor`."""
+    if not _side_by_side(inner, factor):
+        return _outer(inner, rows, ends)
+    return torch.mm(inner.t(), rows).view(factor.shape)
 
 
 def _product(

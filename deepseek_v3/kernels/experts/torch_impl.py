@@ -158,11 +158,8 @@ def gather(x: torch.Tensor, token_of: torch.Tensor) -> torch.Tensor:
 
 
 def gather_sum(rows: torch.Tensor, row_of: torch.Tensor) -> torch.Tensor:
-    """`out[t] = sum_k rows[row_of[t, k]]`, added in fp32 (torch's sum does)."""
-    output = rows.new_empty(row_of.shape[0], rows.shape[1])
-    for output_, row_of_ in row_blocks(output, row_of):
-        torch.sum(rows.index_select(0, row_of_.flatten()).view(*row_of_.shape, rows.shape[1]), 1, out=output_)
-    return output
+    """`out[t] = sum_k rows[row_of[t, k]]`, added in fp32."""
+    return F.embedding_bag(row_of, rows, mode="sum")
 
 
 def clear_tail(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

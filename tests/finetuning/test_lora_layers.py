@@ -1,5 +1,7 @@
 """The wrappers against plain PEFT's on the same model: outputs, gradients, files, merging, several adapters."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -7,15 +9,25 @@ from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import nn
 
 from deepseek_v3.finetuning.adapters import load_adapter
-from deepseek_v3.finetuning.expert_lora import ExpertsLora, RouterLora, WeightLora, register_wrappers
 from deepseek_v3.finetuning.lora import adapted, apply_lora, lora_config, set_dropout
+from deepseek_v3.finetuning.lora_layers import (
+    ExpertsLora,
+    Linear4bitLora,
+    LinearLora,
+    RouterLora,
+    WeightLora,
+    register_layers,
+)
+from deepseek_v3.quantization import quantize_nf4_
 from tests.finetuning.helpers import PATTERN_WARNING, adapted_pair, base, plain, quantize_experts, randomized
 from tests.modeling_deepseek_v3.helpers import (
     assert_same_gradients,
+    build,
     gradients,
     relative_error,
     run_python,
     stock_twin,
+    tiny_config,
     tokens,
 )
 
@@ -63,19 +75,49 @@ def test_gradients_of_mtp_layers_are_plain_pefts() -> None:
     assert_same_gradients(loss_gradients(ours), expected, 1e-5)
 
 
-def test_which_wrapper_serves_what() -> None:
+def test_which_layer_serves_what() -> None:
     model = apply_lora(base(), ["all", "router"], rank=2)
-    expected = {"attention": Linear, "experts": ExpertsLora, "mlp.gate.weight": RouterLora}
+    expected = {"attention": LinearLora, "experts": ExpertsLora, "mlp.gate.weight": RouterLora}
     for name, layer in adapted(model):
         key = "attention" if "self_attn" in name else "experts" if ".experts." in name else name[-15:]
         assert type(layer) is expected.get(key, WeightLora), name
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_adapters_are_computed_in_the_dtype_of_the_activations(quantized) -> None:
+    model = base().to(torch.bfloat16)
+    model = apply_lora(quantize_nf4_(model) if quantized else model, ["attention", "shared_experts"], rank=2)
+    seen = set()
+    layers = [layer for _, layer in adapted(model)]
+    kind = Linear4bitLora if quantized else LinearLora
+    assert {type(layer) for layer in layers} == {kind, WeightLora}
+    for layer in layers:
+        layer.lora_B["default"].register_forward_hook(lambda module, _, output: seen.add(output.dtype))
+    found = loss_gradients(model)
+    assert seen == {torch.bfloat16} and {gradient.dtype for gradient in found.values()} == {torch.float32}
+
+
+def test_what_is_special_to_peft_is_left_to_it() -> None:
+    torch.manual_seed(0)
+    config = {"r": 2, "target_modules": ["kv_b_proj", "o_proj"], "init_lora_weights": False}
+    for options in ({"use_dora": True}, {"lora_bias": True}):
+        if "lora_bias" in options:
+            model = build(tiny_config(attention_bias=True))
+            config["target_modules"] = ["o_proj"]
+        else:
+            model = base()
+        theirs = get_peft_model(copy.deepcopy(model), LoraConfig(**config, **options))
+        ours = get_peft_model(model, register_layers(LoraConfig(**config, **options)))
+        ours.load_state_dict(theirs.state_dict())
+        assert any(type(layer) is LinearLora for _, layer in adapted(ours))
+        assert torch.equal(logits(ours), logits(theirs))
 
 
 @pytest.mark.parametrize("weights", [["gate_up_proj"], ["down_proj"], ["gate_up_proj", "down_proj"]])
 def test_one_or_both_weights_of_the_experts(weights) -> None:
     config = LoraConfig(r=2, target_modules=[], target_parameters=[f"mlp.experts.{name}" for name in weights])
     theirs = randomized(get_peft_model(base(), plain(config)))
-    ours = randomized(get_peft_model(base(), register_wrappers(config)))
+    ours = randomized(get_peft_model(base(), register_layers(config)))
     assert sum(isinstance(module, ExpertsLora) for module in ours.modules()) == 2 * len(weights)
     assert relative_error(logits(ours), logits(theirs)) < 1e-5
     assert_same_gradients(loss_gradients(ours), loss_gradients(theirs), 1e-5)

@@ -1,8 +1,10 @@
-"""PEFT's LoRA on parameters (`target_parameters`), computed on the activations.
+"""PEFT's LoRA layers, computed on the activations and in their dtype.
 
 PEFT's `ParamWrapper` forms `W + B A` of a whole parameter in every forward: for the experts of a layer a second copy
-of all of them, which autograd keeps. The wrappers here have its names, shapes and files, so that adapters are
-exchanged with plain PEFT in both directions, and let activations pass through A and B instead.
+of all of them, which autograd keeps. Its `Linear` takes bf16 activations to the fp32 of its factors and the whole
+output with them: on a CPU four times the base layer's own product. The layers here have the names, shapes and files of
+PEFT's, so that adapters are exchanged with plain PEFT in both directions, and let activations pass through A and B in
+the dtype that they have.
 
 Shape legend: N tokens, E experts, K chosen per token, r rank.
 """
@@ -13,31 +15,45 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners import lora
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..kernels.experts.lora import grouped_lora_experts, is_quantized
+from ..modeling_deepseek_v3.layers import DeepseekV3Linear
 from ..modeling_deepseek_v3.moe import EXPERT_WEIGHTS, DeepseekV3TopkRouter, is_fused_swiglu
+from ..quantization.layers import NF4Linear
+from ..quantization.packed_weight import PackedLinear
 
 
-def register_wrappers(config: LoraConfig) -> LoraConfig:
-    """Let `config` build these wrappers where they fit, and PEFT's own layers elsewhere. Not part of what it saves."""
-    config._register_custom_module({nn.Module: _wrapper})
+def register_layers(config: LoraConfig) -> LoraConfig:
+    """Let `config` build these layers where they fit, and PEFT's own elsewhere. Not part of what it saves."""
+    config._register_custom_module({nn.Module: _layer})
     return config
 
 
-def _wrapper(target: nn.Module, adapter_name: str, parameter_name: str | None = None, **kwargs) -> nn.Module | None:
+def _layer(target: nn.Module, adapter_name: str, parameter_name: str | None = None, **kwargs) -> nn.Module | None:
     """A dispatcher of PEFT's: None leaves the target to the next one."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    cls = None
-    if parameter_name in EXPERT_WEIGHTS and is_fused_swiglu(base):
-        cls = ExpertsLora
-    elif parameter_name == "weight" and isinstance(base, nn.Linear):
-        cls = WeightLora
-    elif parameter_name == "weight" and isinstance(base, DeepseekV3TopkRouter):
-        cls = RouterLora
-    return None if cls is None else cls(target, adapter_name, parameter_name=parameter_name, **kwargs)
+    cls = _module_class(base) if parameter_name is None else _parameter_class(base, parameter_name)
+    if parameter_name is not None:
+        kwargs["parameter_name"] = parameter_name
+    return None if cls is None else cls(target, adapter_name, **kwargs)
+
+
+def _module_class(base: nn.Module) -> type[LoraLayer] | None:
+    if isinstance(base, NF4Linear):
+        return Linear4bitLora
+    return LinearLora if type(base) in (nn.Linear, DeepseekV3Linear, PackedLinear) else None
+
+
+def _parameter_class(base: nn.Module, name: str) -> type[LoraLayer] | None:
+    if name in EXPERT_WEIGHTS and is_fused_swiglu(base):
+        return ExpertsLora
+    if name == "weight" and isinstance(base, nn.Linear):
+        return WeightLora
+    return RouterLora if name == "weight" and isinstance(base, DeepseekV3TopkRouter) else None
 
 
 def quantized_weights(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
@@ -86,6 +102,38 @@ class _Wrapper(ParamWrapper):
                 "dequantize the base model, load the adapter on it and merge there"
             )
         super().merge(safe_merge, adapter_names)
+
+
+def add_adapter(layer: LoraLayer, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """`output + scaling * B A dropout(x)` in the dtype of `output`; of factors in fp32 the gradients are fp32."""
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    half = output.dtype in (torch.bfloat16, torch.float16)
+    x = layer.lora_dropout[name](x if half else x.to(a.weight.dtype))
+    with torch.autocast(x.device.type, output.dtype, enabled=half):
+        return output + b(a(x) * layer.scaling[name]).to(output.dtype)
+
+
+class _InTheirDtype(LoraLayer):
+    """The forward pass of PEFT's linear layers; what they have beside plain adapters is left to PEFT."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`[..., in] -> [..., out]`."""
+        special = self.disable_adapters or self.merged or self.lora_variant or any(self.lora_bias.values())
+        if special or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        output = self.base_layer(x)
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                output = add_adapter(self, name, x, output)
+        return output
+
+
+class LinearLora(_InTheirDtype, lora.Linear):
+    """PEFT's `lora.Linear`."""
+
+
+class Linear4bitLora(_InTheirDtype, lora.Linear4bit):
+    """PEFT's `lora.Linear4bit`."""
 
 
 class ExpertsLora(_Wrapper):
@@ -153,12 +201,9 @@ class WeightLora(_Wrapper):
         self._check_forward_args(x, *args, **kwargs)
         applied = self._applied()
         output = self.base_layer(x, *args, **kwargs)
-        dtype = output.dtype
         for name in applied:
-            a, b = self.lora_A[name], self.lora_B[name]
-            inner = a(self.lora_dropout[name](self._cast_input_dtype(x, a.weight.dtype)))
-            output = output + b(inner) * self.scaling[name]
-        return output.to(dtype)
+            output = add_adapter(self, name, x, output)
+        return output
 
 
 class RouterLora(_Wrapper):
