@@ -29,6 +29,7 @@ from .batches import encode_classification, pack, pad_classification, stack
 from .build import as_language_model, build_model, load_tokenizer, unwrapped
 from .changes import expert_movement, summarize_movement
 from .evaluate import classification_results, encode_rows, evaluate_task, retrieval_results
+from .frozen import HeadOnFeatures, stack_features, with_features
 from .lora import report_trainable, trainable_table
 from .quantized_merge import merge_quantized
 from .recipe import FinetuneRecipe
@@ -174,6 +175,10 @@ def _trainer(
     if not task.train:
         raise ValueError(f"task {task.name}: found no training rows; it can only be evaluated")
     train, validation, collate = _datasets(recipe, task, tokenizer)
+    if recipe.method == "head":
+        say("computing the frozen base's features")
+        train, validation = (with_features(model, rows, tokenizer.pad_token_id) for rows in (train, validation))
+        model, collate = HeadOnFeatures(model), stack_features
     steps_per_epoch = math.ceil(len(train) / rows)
     steps = recipe.max_steps or max(1, round(steps_per_epoch * recipe.epochs))
     every = max(1, min(steps, math.ceil(steps_per_epoch / recipe.evaluations_per_epoch)))

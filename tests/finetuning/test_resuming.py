@@ -24,6 +24,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora": ("two", "adapter", {"dropout": 0.2, "micro_batch_size": 2, "adaptive_lr": True, "patience": 6}),
     "nf4": ("messages", "adapter", {"quantize": "nf4", "dropout": 0.2, "mtp": "trained"}),
     "full": ("messages", "model", {"method": "full", "learning_rate": 3e-3, "dtype": "bf16"}),
+    "head": ("three", "model", {"method": "head", "learning_rate": 1e-2}),
     "unfreezing": (
         "three",
         "model",
