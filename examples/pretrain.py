@@ -10,9 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import yaml
-
 from deepseek_v3.hub import write_pretraining_card
+from deepseek_v3.recipe import parse_fields
 from deepseek_v3.training import Recipe, pretrain
 
 
@@ -22,8 +21,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="fields that win over the file, as YAML")
     parser.add_argument("--restart", action="store_true", help="forget what output_dir holds of this run")
     args = parser.parse_args()
-    pairs = (item.partition("=") for item in args.overrides)
-    recipe = Recipe.load(args.recipe, **{name: yaml.safe_load(value) for name, _, value in pairs})
+    recipe = Recipe.load(args.recipe, **parse_fields(args.overrides))
     try:
         record = pretrain(recipe, restart=args.restart)
     except InterruptedError as stopped:  # Ctrl-C or SIGTERM; the state is saved

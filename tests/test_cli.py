@@ -149,6 +149,27 @@ def test_a_bad_set_is_named(item: str, tmp_path: Path, capsys: pytest.CaptureFix
     assert error.startswith("deepseek-v3: ")
 
 
+@pytest.mark.parametrize(
+    "missing, command, extra",
+    [
+        ("accelerate", ["pretrain"], "train"),
+        ("yaml", ["finetune", "r.yaml"], "train"),
+        ("peft", ["finetune", "r.yaml"], "peft"),
+        ("bitsandbytes", ["finetune", "r.yaml"], "quant"),
+    ],
+)
+def test_a_missing_extra_is_named(missing: str, command: list[str], extra: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from deepseek_v3.cli import main; sys.exit(main({command}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"{missing} is not installed: pip install 'deepseek-v3[{extra}]'" in done.stderr
+
+
+def test_every_extra_that_may_be_missing_exists() -> None:
+    text = (ROOT / "setup.py").read_text()
+    assert all(f'"{extra}": [' in text for extra in cli.EXTRA_OF.values())
+
+
 def test_numbers_in_scientific_notation(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     command = ["pretrain", *SMALL, "--data", str(tmp_path / "none"), "--output-dir", str(tmp_path / "run")]
     assert cli.main([*command, "--set", "learning_rate=1e-3"]) == 1

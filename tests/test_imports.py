@@ -14,7 +14,7 @@ PACKAGE = "deepseek_v3"
 # room -> the rooms it may import besides itself. "package" is deepseek_v3/__init__.py: the public names.
 MODEL = {"modeling_deepseek_v3", "configuration", "tokenization", "kernels"}
 MAY_IMPORT = {
-    "cli": {"package", "training", "finetuning", "conversion", "export", "evaluation", "hub", "data"} | MODEL,
+    "cli": {"package", "recipe", "training", "finetuning", "conversion", "export", "evaluation", "hub", "data"} | MODEL,
     "__main__": {"cli"},
     "package": (MODEL - {"kernels"}) | {"registration"},
     "registration": {"tokenization"},
@@ -24,11 +24,11 @@ MAY_IMPORT = {
     "process": set(),
     "recipe": set(),
     "training": {"package", "data", "durable", "optimizer", "process", "recipe"} | MODEL,
-    "finetuning": {"package", "data", "optimizer", "process", "recipe", "quantization"} | MODEL,
+    "finetuning": {"package", "data", "durable", "optimizer", "process", "recipe", "quantization"} | MODEL,
     "export": {"package", "data", "durable", "evaluation", "gguf_header", "process", "quantization"} | MODEL,
     "evaluation": {"package", "data", "durable", "finetuning", "process", "quantization"} | MODEL,
     "hub": {"package", "gguf_header", "process"} | MODEL,
-    "conversion": {"package", "data", "gguf_header", "optimizer", "process", "recipe"} | MODEL,
+    "conversion": {"package", "data", "durable", "gguf_header", "optimizer", "process", "recipe"} | MODEL,
     "quantization": {"modeling_deepseek_v3", "configuration", "kernels"},
     "data": {"package"} | MODEL,
     "modeling_deepseek_v3": {"configuration", "kernels"},
