@@ -2,7 +2,7 @@
 
 Importing this package makes transformers' Auto classes use its configuration, models and tokenizer for
 `model_type="deepseek_v3"` (see `registration.py`). The import is cheap: torch and transformers are loaded when a
-class is first used.
+class, or a room such as `deepseek_v3.quantization`, is first used.
 """
 
 from importlib import import_module
@@ -22,6 +22,21 @@ _ROOM_OF = {
     "DeepseekV3Tokenizer": "tokenization",
 }
 
+_ROOMS = (
+    "configuration",
+    "conversion",
+    "data",
+    "evaluation",
+    "export",
+    "finetuning",
+    "hub",
+    "kernels",
+    "modeling_deepseek_v3",
+    "quantization",
+    "tokenization",
+    "training",
+)
+
 __all__ = ["__version__", *_ROOM_OF]  # noqa: PLE0604
 
 if TYPE_CHECKING:
@@ -37,13 +52,15 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f".{name}", __name__)
     if name not in _ROOM_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ROOM_OF])
+    return sorted({*globals(), *_ROOM_OF, *_ROOMS})
 
 
 registration.install()

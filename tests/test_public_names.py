@@ -1,6 +1,8 @@
 """The public names are frozen: other people's code calls them. Adding one means adding it here; none is removed."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,26 @@ def test_each_name_resolves_and_is_listed(name: str) -> None:
     if isinstance(value, type):
         assert value.__name__ == name
         assert value.__module__.startswith("deepseek_v3.")
+
+
+ROOMS = sorted(path.parent.name for path in Path(deepseek_v3.__file__).parent.glob("*/__init__.py"))
+
+
+def test_a_room_is_loaded_when_it_is_asked_for() -> None:
+    """In a fresh interpreter: here other tests have imported the rooms."""
+    program = (
+        "import sys, deepseek_v3\n"
+        "rooms = lambda: {name for name in sys.argv[1:] if f'deepseek_v3.{name}' in sys.modules}\n"
+        "assert set(sys.argv[1:]) <= set(dir(deepseek_v3)) and not rooms(), rooms()\n"
+        "assert deepseek_v3.kernels.__name__ == 'deepseek_v3.kernels' and rooms() == {'kernels'}, rooms()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *ROOMS], capture_output=True, text=True, cwd=SETUP.parent)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_each_room_resolves(name: str) -> None:
+    assert getattr(deepseek_v3, name) is sys.modules[f"deepseek_v3.{name}"]
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

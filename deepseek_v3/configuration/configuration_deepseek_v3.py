@@ -70,7 +70,10 @@ class DeepseekV3Config(PreTrainedConfig):
     """
 
     model_type = "deepseek_v3"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # Fields of the models' outputs that are no predictions: `Trainer` hands the rest to `compute_metrics`.
+    keys_to_ignore_at_inference = [
+        "past_key_values", "ce_loss", "mtp_loss", "balance_loss", "router_logits", "router_indices"
+    ]  # fmt: skip
 
     # Style names belong to the installed transformers (5.17 and 5.23 differ), so stock's own plans are the base.
     base_model_tp_plan = {**ATTENTION_TP_PLAN, **StockConfig.base_model_tp_plan}

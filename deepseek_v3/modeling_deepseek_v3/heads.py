@@ -67,7 +67,6 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin, Laten
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
-        shift_labels: torch.LongTensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         output_router_logits: bool | None = None,
         **kwargs,
@@ -76,12 +75,13 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin, Laten
 
         Args:
             labels: `[B, S]`, aligned with `input_ids` (the model shifts); -100 is ignored.
-            shift_labels: labels that are shifted already.
             num_items_in_batch: number of predicted tokens over all micro-batches of a step; the losses are then sums
                 divided by it, so that accumulated gradients weigh every token the same.
             skip_logits: do not compute logits. Default: True in training with labels, else False.
             output_router_logits: return `router_logits` and `router_indices` of the main layers.
+            shift_labels: (keyword only) labels that are shifted already, in place of `labels`.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # no parameter: `Trainer` wants all with "label" in their name
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         has_labels = labels is not None or shift_labels is not None
@@ -102,9 +102,8 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin, Laten
         losses: dict[str, torch.Tensor] = {}
         if has_labels:
             targets = shift_labels if shift_labels is not None else shift_left(labels, 1, IGNORE_INDEX)
-            router_logits = (
-                [(logits, attention_mask) for logits in outputs.router_logits or ()] if needs_balance else []
-            )
+            token_mask = real_tokens(attention_mask)
+            router_logits = [(logits, token_mask) for logits in outputs.router_logits or ()] if needs_balance else []
             mtp: list[tuple[torch.Tensor, torch.Tensor]] = []
             if training and self.mtp_layers and self.config.mtp_loss_coef and past_key_values is None:
                 embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -147,7 +146,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin, Laten
             position_ids = torch.arange(length, device=embeddings.device).unsqueeze(0)
         position_embeddings = self.model.rotary_emb(embeddings, position_ids)
         valid = real_tokens(attention_mask)
-        valid = embeddings.new_ones(batch, length, dtype=torch.bool) if valid is None else valid.view(batch, length)
+        valid = embeddings.new_ones(batch, length, dtype=torch.bool) if valid is None else valid
 
         states, router = [], []
         for depth, layer in enumerate(self.mtp_layers, start=1):

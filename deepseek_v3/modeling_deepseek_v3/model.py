@@ -1,13 +1,15 @@
 """The transformer: decoder layers of MLA and (from `first_k_dense_replace` on) DeepSeekMoE, paper 2.1."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -138,7 +140,8 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
     ) -> DeepseekV3ModelOutput:
         """`input_ids` or `inputs_embeds` `[B, S(, H)]` -> final-normed hidden states `[B, S, H]`.
 
-        `position_ids` that restart at 0 within a row declare packed documents, which then do not attend to each other.
+        `position_ids` that restart at 0 within a row declare packed documents, which then do not attend to each other;
+        ValueError where FlashAttention could not keep them apart.
         `output_router_logits=True` returns `router_logits` and `router_indices` of every MoE layer.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -173,7 +176,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
             if indices is None:
                 continue
             if counting:  # here, outside the checkpointed layer, so that recomputation does not count again
-                layer.mlp.gate.count_load(indices, token_mask)
+                layer.mlp.gate.count_load(indices, None if token_mask is None else token_mask.flatten())
             if output_router_logits:
                 router_logits, router_indices = (*router_logits, logits), (*router_indices, indices)
 
@@ -195,30 +198,64 @@ def packed_causal_mask(
     """transformers' causal mask, with packed documents kept apart when there is a padding mask too.
 
     transformers looks for documents in `position_ids [B, S]` only without a mask `[B, S]` and without a cache, even
-    an empty one. Here each padding token becomes a document of its own, which says the same as the mask.
+    an empty one. ValueError for documents that FlashAttention would let see each other.
     """
-    # FlashAttention takes the mask [B, S] as it is
-    applies = past_key_values is None and "flash" not in (config._attn_implementation or "")
-    if applies and position_ids is not None and attention_mask is not None and attention_mask.dim() == 2:
-        real = attention_mask.bool()
-        alone = position_ids.masked_fill(~real, -2)  # neither follows a position nor is followed by one
-        restarts = (alone.diff(dim=1) != 1) & real[:, 1:] & real[:, :-1]
-        if is_tracing(restarts) or restarts.any():
-            attention_mask, position_ids = None, alone
+    same_document: Callable | None = None
+    if position_ids is not None and past_key_values is None:
+        if "flash" in (config._attn_implementation or ""):
+            _check_flash_documents(config._attn_implementation, inputs_embeds, attention_mask, position_ids)
+        elif (real := real_tokens(attention_mask)) is not None:
+            documents = document_numbers(position_ids, real)
+            if is_tracing(documents) or documents.any():
+                same_document = packed_sequence_mask_function(documents)
     mask = create_causal_mask(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
         position_ids=position_ids,
+        and_mask_function=same_document,
     )
     if mask is not None and past_key_values is None and config._attn_implementation in SHARED_KEY_FUNCTIONS:
         mask, _ = visible_keys(mask)  # once, for all layers
     return mask
 
 
+def document_numbers(position_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """From `position_ids [B or 1, S]`, the packed document of each token of a row, counted from 0: `[B, S]` int64.
+
+    A real token (`real [B, S]` bool) goes on with the document of the last real one before it if its position is
+    higher, by at most the columns between them: positions may count padding or leave it out.
+
+    >>> document_numbers(torch.tensor([[0, 1, 2, 0, 1]]), torch.tensor([[True, True, False, True, True]])).tolist()
+    [[0, 0, 0, 1, 1]]
+    """
+    columns = torch.arange(real.shape[1], device=real.device)
+    last = F.pad(torch.where(real, columns, -1).cummax(dim=1)[0][:, :-1], (1, 0), value=-1)
+    position_ids = position_ids.expand_as(real)
+    step = position_ids - position_ids.gather(1, last.clamp(min=0))
+    return (real & (last >= 0) & ((step < 1) | (step > columns - last))).cumsum(dim=1)
+
+
+def _check_flash_documents(
+    implementation: str, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor
+) -> None:
+    """FlashAttention reads documents from `position_ids` in a batch of one row without padding only."""
+    batch, length = inputs_embeds.shape[:2]
+    if is_tracing(inputs_embeds) or (batch == 1 and attention_mask is None):
+        return
+    real = real_tokens(attention_mask)
+    real = position_ids.new_ones(batch, length, dtype=torch.bool) if real is None else real
+    if (batch > 1 or not real.all()) and document_numbers(position_ids, real).any():
+        raise ValueError(
+            f"position_ids: found packed documents in {batch} rows with {int((~real).sum())} padding tokens; "
+            f"attn_implementation={implementation!r} keeps documents apart in 1 row without padding only; "
+            "allowed for others: 'sdpa', 'eager', 'deepseek_v3'"
+        )
+
+
 def real_tokens(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The padding mask `[B, S]` flattened to `[B*S]` bool; None where nothing is known to be padding."""
+    """The padding mask `[B, S]` as bool; None where nothing is known to be padding."""
     if attention_mask is None or attention_mask.dim() != 2:
         return None
-    return attention_mask.flatten().bool()
+    return attention_mask.bool()

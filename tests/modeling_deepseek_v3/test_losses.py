@@ -510,3 +510,17 @@ def test_logits_are_left_out_in_training_only_unless_asked_for() -> None:
     assert model(rows).logits.shape == (2, 6, 97)
     assert model.eval()(rows, labels=rows).logits.shape == (2, 6, 97)
     assert model(rows, labels=rows, skip_logits=True).logits is None
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "deepseek_v3"])
+def test_a_prepared_mask_trains_as_the_causal_one(attention: str) -> None:
+    """`[B, 1, S, S]`: it says nothing of padding, so that every token counts."""
+    config = tiny_config(seq_balance_coef=0.3, mtp_loss_coef=0.7)
+    model = build(config, attn_implementation=attention).train()
+    rows = tokens(2, 9)
+    expected = model(rows, labels=rows, use_cache=False)
+    visible = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9)
+    mask = torch.zeros(2, 1, 9, 9).masked_fill(~visible, torch.finfo(torch.float32).min)
+    found = model(rows, attention_mask=mask, labels=rows, use_cache=False)
+    for name in ("loss", "ce_loss", "mtp_loss", "balance_loss"):
+        assert getattr(found, name).item() == pytest.approx(getattr(expected, name).item(), rel=2e-6), name
