@@ -48,7 +48,7 @@ def load_corpus(
         heldout: a second source with the official held-out documents. Then nothing is split by hash, and training
             documents that repeat a held-out one are removed.
         text_field: field of a ``.jsonl`` record or column of a dataset that holds the text.
-        heldout_fraction: expected share of documents held out, by hash of their names.
+        heldout_fraction: expected share of documents held out, by hash of their names (or of their `group`).
 
     Raises:
         ValueError: naming the file (and byte, line or field) that cannot be read, or a split that came out empty.
@@ -88,7 +88,7 @@ def build_corpus(
         if len(train) == 1:
             train, held = _cut(train[0], heldout_fraction)
         else:
-            is_held = [_in_heldout(doc.name, heldout_fraction) for doc in train]
+            is_held = [_in_heldout(doc, heldout_fraction) for doc in train]
             held = [doc for doc, h in zip(train, is_held, strict=True) if h]
             train = [doc for doc, h in zip(train, is_held, strict=True) if not h]
     for split, left in (("train", train), ("heldout", held)):
@@ -120,10 +120,10 @@ def _unseen(documents: Iterable[Document], seen: set[bytes]) -> list[Document]:
     return kept
 
 
-def _in_heldout(name: str, fraction: float) -> bool:
-    """Whether the name's hash, read as a number in [0, 1), lies below `fraction`: adding documents moves no other."""
-    group = name.partition("#")[0]
-    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") < fraction * 2**64
+def _in_heldout(doc: Document, fraction: float) -> bool:
+    """Whether a hash, read as a number in [0, 1), lies below `fraction`: adding documents moves no other."""
+    hashed = doc.name if doc.group is None else doc.group
+    return int.from_bytes(hashlib.sha256(hashed.encode()).digest()[:8], "big") < fraction * 2**64
 
 
 def _cut(doc: Document, fraction: float) -> tuple[list[Document], list[Document]]:

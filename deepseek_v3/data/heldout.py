@@ -18,8 +18,8 @@ def heldout_bits_per_byte(
 ) -> float:
     """Bits per byte of a causal language model on held-out text; `dataset` is packed with `evaluation=True`.
 
-    With `document_mask` packed documents do not see each other. `max_rows` evaluates the first rows only and scales
-    `n_bytes` by their share of the predicted tokens.
+    With `document_mask` packed documents do not see each other. `batch_size`: rows per forward pass. `max_rows`
+    evaluates the first rows only and scales `n_bytes` by their share of the predicted tokens.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -29,7 +29,7 @@ def heldout_bits_per_byte(
         batch = dataset.rows(range(start, min(start + batch_size, rows)))
         count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         batch = {k: v.to(device) for k, v in batch.items() if document_mask or k != "position_ids"}
-        nats += float(model(**batch, skip_logits=True).ce_loss) * count
+        nats += float(model(**batch, use_cache=False, skip_logits=True).ce_loss) * count
         predicted += count
     model.train(training)
     total = len(dataset.stream) - len(dataset.document_starts)

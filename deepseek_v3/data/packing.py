@@ -23,7 +23,7 @@ def tokenize_documents(texts: Iterable[str], tokenizer: Any) -> Iterator[np.ndar
     """Encode texts with a Hugging Face fast tokenizer, without special tokens, in batches.
 
     Yields:
-        One int64 array ``[tokens]`` per text, in order.
+        One int32 array ``[tokens]`` per text, in order.
     """
     texts = list(texts)
     for start in range(0, len(texts), _ENCODE_CHUNK):
@@ -34,7 +34,7 @@ def tokenize_documents(texts: Iterable[str], tokenizer: Any) -> Iterator[np.ndar
             verbose=False,  # documents longer than model_max_length are meant: packing cuts them into rows
         )
         for ids in encoded["input_ids"]:
-            yield np.asarray(ids, dtype=np.int64)
+            yield np.asarray(ids, dtype=np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,31 +107,33 @@ def pack_documents(
 
     Raises:
         ValueError: `sequence_length` below 2, `context` out of its range, no document,
-            too little text for one training row, or a negative id.
+            too little text for one training row, or an id that is negative or above 32 bits.
     """
     if sequence_length < 2:
         raise ValueError(f"sequence_length must be at least 2, found {sequence_length}")
     if not 1 <= context < sequence_length:
         raise ValueError(f"context must lie in [1, sequence_length - 1 = {sequence_length - 1}], found {context}")
-    pieces = [np.concatenate(([bos_id], np.asarray(doc, dtype=np.int64), [eos_id])) for doc in token_docs]
+    pieces = []  # compact at once: a whole corpus in int64 takes four times the memory of its stream
+    for number, doc in enumerate(token_docs):
+        ids = np.concatenate(([bos_id], np.asarray(doc, dtype=np.int64), [eos_id]))
+        low, high = ids.min(), ids.max()
+        if low < 0 or high >= 2**32:
+            raise ValueError(
+                f"pack_documents: document {number}: token ids must lie in [0, 2**32), found {low} to {high}"
+            )
+        pieces.append(ids.astype(np.uint16 if high < 2**16 else np.uint32))
     if not pieces:
         raise ValueError("pack_documents: no documents")
     lengths = np.array([len(piece) for piece in pieces])
     starts = np.cumsum(lengths) - lengths
-    stream = np.concatenate(pieces)
-    if stream.min() < 0 or stream.max() >= 2**32:
-        raise ValueError(f"pack_documents: token ids must lie in [0, 2**32), found {stream.min()} to {stream.max()}")
+    stream = np.concatenate(pieces)  # in the widest type of its documents
 
     stride = sequence_length - context if evaluation else sequence_length
     if evaluation:
         missing = sequence_length - len(stream)
         filler = missing if missing > 0 else missing % stride
         starts = np.concatenate([starts, len(stream) + np.arange(filler)])
-        stream = np.concatenate([stream, np.full(filler, eos_id)])
+        stream = np.concatenate([stream, np.full(filler, eos_id, dtype=stream.dtype)])
     elif len(stream) < sequence_length:
         raise ValueError(f"pack_documents: {len(stream)} tokens fill no row of sequence_length {sequence_length}")
-    return PackedDataset(_compact(stream), starts, sequence_length, stride)
-
-
-def _compact(stream: np.ndarray) -> np.ndarray:
-    return stream.astype(np.uint16 if stream.max() < 2**16 else np.uint32)
+    return PackedDataset(stream, starts, sequence_length, stride)

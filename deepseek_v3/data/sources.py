@@ -30,13 +30,14 @@ class Document:
     """One text with its identity.
 
     Attributes:
-        name: relative path, ``path:line`` for a JSON Lines record, or ``group#part`` for parts that overlap and must
-            stay on the same side of the train/held-out split.
+        name: relative path, or ``path:line`` for a JSON Lines record.
         text: the text, decoded.
+        group: documents of one group stay on the same side of the train/held-out split. None: alone.
     """
 
     name: str
     text: str
+    group: str | None = None
 
 
 def read_stdlib() -> list[Document]:
@@ -53,7 +54,8 @@ def read_stdlib() -> list[Document]:
     from pydoc_data.topics import topics
 
     root = Path(sysconfig.get_paths()["stdlib"])
-    documents = [Document(f"pydoc_data/topics#{topic}", text) for topic, text in sorted(topics.items())]
+    group = "pydoc_data/topics"
+    documents = [Document(f"{group}#{topic}", text, group) for topic, text in sorted(topics.items())]
     sources = [Document(name, _read_python(path)) for name, path in _stdlib_files(root)]
     if not sources:
         raise ValueError(f"source 'stdlib': no .py files under {root}; is this Python's library zipped?")
@@ -67,7 +69,7 @@ def read_files(source: str, text_field: str) -> list[Document]:
 
     Raises:
         ValueError: nothing found, a file that is not UTF-8 (with the byte offset), a line that is not a JSON object
-            with the string field `text_field` (as ``file:line``).
+            with the string field `text_field`, or whose text is not Unicode (as ``file:line``).
     """
     root, paths = find_files(source)
     return [doc for path in paths for doc in _read_file(path, path.relative_to(root).as_posix(), text_field)]
@@ -194,6 +196,19 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8: byte 0x{found:02x} at byte offset {error.start}") from error
 
 
+def check_unicode(text: str, where: str) -> None:
+    """Refuse half of a surrogate pair: JSON can spell it (``"\\ud83d"``), UTF-8 and tokenizers cannot take it.
+
+    Raises:
+        ValueError: beginning with `where`, with the character and its offset.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = ascii(text[error.start])
+        raise ValueError(f"{where}: found {found} at character {error.start}, allowed is Unicode text") from error
+
+
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of each line of a JSON Lines file that is not blank.
 
@@ -241,4 +256,5 @@ def _text_of(record: Any, where: str, text_field: str) -> str:
         raise ValueError(f"{where}: field {text_field!r} not found; found {found}")
     if not isinstance(record[text_field], str):
         raise ValueError(f"{where}: field {text_field!r} must be a string, found {type(record[text_field]).__name__}")
+    check_unicode(record[text_field], f"{where}: field {text_field!r}")
     return record[text_field]

@@ -31,6 +31,36 @@ def test_stdlib_is_a_corpus_of_ten_megabytes(stdlib):
     assert not [name for name in names if any(part in f"/{name}" for part in map("/{}".format, forbidden))]
 
 
+def in_heldout(group, fraction):
+    return int(hashlib.sha256(group.encode()).hexdigest(), 16) < fraction * 2**256
+
+
+def test_split_of_the_stdlib_is_that_of_its_groups(stdlib):
+    """Written down: published figures rest on it."""
+    for split, is_held in ((stdlib.train, False), (stdlib.heldout, True)):
+        assert all(in_heldout(doc.name.split("#")[0], 0.05) == is_held for doc in split)
+
+
+def test_a_hash_sign_in_a_name_joins_nothing(tmp_path):
+    (tmp_path / "C#").mkdir()
+    for i in range(40):
+        (tmp_path / "C#" / f"{i}.txt").write_text(f"file {i}")
+    (tmp_path / "issues#1.jsonl").write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(40)))
+    for source in (tmp_path / "C#", tmp_path, tmp_path / "issues#1.jsonl"):
+        corpus = load_corpus(source, heldout_fraction=0.3)
+        for split, is_held in ((corpus.train, False), (corpus.heldout, True)):
+            assert len(split) >= 4 and all(in_heldout(doc.name, 0.3) == is_held for doc in split)
+
+
+def test_documents_of_a_group_stay_on_one_side():
+    groups = [f"group {i // 4}" for i in range(80)]
+    docs = [Document(f"{i}", f"text {i}", group) for i, group in enumerate(groups)]
+    corpus = build_corpus(docs, "x", heldout_fraction=0.3)
+    train, heldout = ({doc.group for doc in split} for split in (corpus.train, corpus.heldout))
+    assert train | heldout == set(groups) and not train & heldout
+    assert heldout == {group for group in groups if in_heldout(group, 0.3)}
+
+
 def test_stdlib_topics_stay_on_one_side(stdlib):
     # They quote each other: "compound" contains "while", "try" and so on.
     sides = [
@@ -133,6 +163,7 @@ def test_line_separators_inside_a_json_string_do_not_end_the_line(tmp_path):
         ("a.jsonl", b"[1]", r"a\.jsonl:1: field 'text' not found; found list"),
         ("a.jsonl", b'{"text": "x"}\n{"te', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "y"}\n', r"nothing left in the heldout split of 2 distinct"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "bad \\ud83d here"}', r"a\.jsonl:2: field 'text': found '\\ud83d' at"),
         ("a.txt.xz", b"not xz at all", r"a\.txt\.xz: cannot be read"),
         ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:20], r"a\.txt\.gz: cannot be read"),
     ],

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -87,11 +89,23 @@ def test_stream_is_compact_and_rows_stack():
         ([[2]], 4, "3 tokens fill no row of sequence_length 4"),
         ([[-2, 3, 4]], 4, "token ids must lie in"),
         ([[2**32, 3, 4]], 4, "token ids must lie in"),
+        ([[5], [2, -3], [4]], 4, r"document 1: token ids must lie in \[0, 2\*\*32\), found -3 to 2"),
     ],
 )
 def test_errors_name_what_was_found(docs, length, message):
     with pytest.raises(ValueError, match=message):
         pack_documents(docs, length, bos_id=BOS, eos_id=EOS)
+
+
+def test_packing_takes_few_bytes_per_token():
+    rng = np.random.default_rng(0)
+    docs = [rng.integers(2, 60_000, 1000) for _ in range(200)]
+    tracemalloc.start()
+    packed = pack_documents(docs, 512, bos_id=BOS, eos_id=EOS)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 * len(packed.stream)  # two for each document, two for the stream
+    assert packed.stream.tolist() == [token for token, _ in reference_stream(docs)]
 
 
 def test_tokenize_documents_encodes_in_order_and_without_special_tokens():
@@ -106,4 +120,4 @@ def test_tokenize_documents_encodes_in_order_and_without_special_tokens():
     texts = [f"document {i} é" for i in range(300)] + [""]
     encoded = list(tokenize_documents(iter(texts), tokenizer))
     assert [ids.tolist() for ids in encoded] == [backend.encode(text).ids for text in texts]
-    assert all(ids.dtype == np.int64 for ids in encoded) and len(encoded[-1]) == 0
+    assert all(ids.dtype == np.int32 for ids in encoded) and len(encoded[-1]) == 0
