@@ -86,12 +86,22 @@ class MasterAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would round the moments and the masters to the parameters' dtype."""
+        """As torch's, which would round the moments and the masters to the parameters' dtype.
+
+        Raises:
+            ValueError: the state is of fp32 weights and these are not, or the reverse.
+        """
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, index in zip(group["params"], saved["params"], strict=True):
                 if index in state_dict["state"]:
                     state = state_dict["state"][index]
+                    if ("master" in state) == (parameter.dtype == torch.float32):
+                        kind = "weights with fp32 masters" if "master" in state else "float32 weights"
+                        raise ValueError(
+                            f"optimizer state: parameter {index} is {parameter.dtype}, and its state is of {kind}; "
+                            "load the weights in the dtype they were trained in"
+                        )
                     self.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in state.items()}
 
 

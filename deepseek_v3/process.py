@@ -67,21 +67,30 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def first_rank() -> bool:
+    """Whether this process is the one that prints, draws and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def all_ranks(value: Any) -> list[Any]:
+    """The `value` of every rank, in their order."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def any_rank(received: list[int]) -> bool:
     """Whether a signal reached any rank: all stop after the same step, or the others would wait for ever."""
-    if not dist.is_initialized():
-        return bool(received)
-    flags: list[bool | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(flags, bool(received))
-    return any(flags)
+    return any(all_ranks(bool(received)))
 
 
 def say(message: str) -> None:
     """One plain line of the first rank, without disturbing a progress bar."""
-    if dist.is_initialized() and dist.get_rank():
-        return
-    tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()
+    if first_rank():
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:

@@ -104,3 +104,12 @@ def test_a_layer_that_thaws_later_starts_then() -> None:
     assert optimizer.state[ours[0]]["step"] == 3 and optimizer.state[ours[1]]["step"] == 6
     for master, value in zip(optimizer.masters(), plain, strict=True):
         torch.testing.assert_close(master, value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("saved", "now"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_a_state_of_weights_of_another_dtype_is_refused(saved: torch.dtype, now: torch.dtype) -> None:
+    before, after = (MasterAdamW(parameters(dtype)[:3], **OPTIONS) for dtype in (saved, now))
+    set_gradients([p for group in before.param_groups for p in group["params"]], 0)
+    before.step()
+    with pytest.raises(ValueError, match=f"parameter 0 is {now}, and its state is of "):
+        after.load_state_dict(before.state_dict())

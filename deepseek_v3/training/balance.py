@@ -25,7 +25,7 @@ def load_counts(model: nn.Module) -> torch.Tensor:
         counts.append(zeros if router.load_counts is None else router.load_counts)
     if not counts:
         return torch.zeros(0, 0, dtype=torch.int64)
-    stacked = torch.stack(counts)
+    stacked = torch.stack([count.to(counts[0].device) for count in counts])  # layers may lie on several devices
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(stacked)
     return stacked.cpu()

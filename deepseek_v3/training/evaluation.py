@@ -1,5 +1,6 @@
 """What is measured of a trained model besides bits per byte: MTP acceptance, samples."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,9 @@ def mtp_acceptance(
     Returns `acceptance` (share of drafts that the main model confirms), `tokens_per_forward` and `drafts`.
     """
     model.eval()
+    if tokenizer.pad_token_id is None:  # for this batch only: where the mask is 0 any token will do
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
     batch = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=64).to(model.device)
     batch.pop("token_type_ids", None)
     output = model.generate(

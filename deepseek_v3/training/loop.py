@@ -52,10 +52,14 @@ def fit(
     """Train from `start_step` to `recipe.steps`; returns the number of finished steps.
 
     The data of a step depend on `recipe.seed` and its number alone. `on_step` returns True to stop after that step.
+    With `mtp_loss_coef` 0 the MTP layers rest, weight decay included.
 
     Raises:
         NonFiniteError: names the step.
     """
+    if not model.config.mtp_loss_coef:  # data-parallel wrappers would wait for the gradients they never get
+        for layer in model.mtp_layers:
+            layer.requires_grad_(False)
     hook = RoutingBiasHook(model)
     handle = optimizer.register_step_pre_hook(hook)
     wrapped = accelerator.prepare(model) if accelerator.num_processes > 1 else model

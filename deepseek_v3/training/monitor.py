@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from ..data import bits_per_byte
-from ..process import say
+from ..process import first_rank, say
 from .balance import LoadStatistics
 from .loop import StepResult
 
 
 class Monitor:
     """Averages over `every` steps go to `metrics.jsonl` and to the terminal (a bar there, plain lines elsewhere).
+
+    Only the first rank shows them.
 
     Args:
         path: the metrics file; lines of steps from `start_step` on are dropped (a resumed run writes them again).
@@ -35,7 +38,8 @@ class Monitor:
             kept = [row for row in kept if "heldout_bits_per_byte" not in row]  # made again after the last step
             path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.title = title
-        self.bar = tqdm(total=steps, initial=start_step, desc=title, unit="step", disable=not sys.stderr.isatty())
+        shown = first_rank() and sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=start_step, desc=title, unit="step", disable=not shown)
         self.clock = self.updated = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,8 +124,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def plot_loss(path: Path, metrics: Sequence[dict[str, Any]], bars: dict[str, float]) -> None:
     """Training and held-out bits per byte over tokens, with horizontal lines for the baselines."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     train = [row for row in metrics if "ce_loss" in row]
@@ -130,15 +132,13 @@ def plot_loss(path: Path, metrics: Sequence[dict[str, Any]], bars: dict[str, flo
     axes.plot([r["tokens"] for r in held], [r["heldout_bits_per_byte"] for r in held], "o-", label="held-out")
     for i, (name, value) in enumerate(bars.items()):
         axes.axhline(value, ls="--", lw=1, color=f"C{i + 2}", label=f"{name} {value:.3f}")
-    axes.set(xlabel="tokens", ylabel="bits per byte", ylim=(0.8, 4))
+    axes.set(xlabel="tokens", ylabel="bits per byte")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
 def plot_load(path: Path, metrics: Sequence[dict[str, Any]], counts: torch.Tensor, names: Sequence[str]) -> None:
     """Load of every expert relative to an even share in the last steps, and MaxVio over the run."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     load = (counts / counts.double().mean(dim=1, keepdim=True).clamp(min=1e-12)).numpy()

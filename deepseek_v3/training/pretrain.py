@@ -6,31 +6,34 @@ import os
 import shutil
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from transformers.utils import logging
 
 from ..configuration import DeepseekV3Config, num_parameters
-from ..data import Corpus, heldout_bits_per_byte, load_corpus
+from ..data import heldout_bits_per_byte, load_corpus
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
 from ..process import any_rank, environment, keep_freed_memory, locked, say, stop_signals
-from ..tokenization import check_vocab
 from .balance import routers
 from .checkpoint import load_optimizer_state, newest_state, save_state
 from .compare import baselines, dense_twin, training_flops
 from .evaluation import mtp_acceptance, write_samples
 from .loop import StepResult, fit
 from .monitor import Monitor, plot_load, plot_loss, read_metrics
-from .optimizer import build_optimizer
-from .recipe import Recipe
-from .text import TextData, prepare_text
+from .optimizer import MasterAdamW, build_optimizer
+from .recipe import Recipe, kernels
+from .resuming import RECORD, check_same, check_same_tokenizer, check_shared, clear, fixed_fields, read_record
+from .text import TextData, load_tokenizer, prepare_text
 
-RECORD = "run.json"
 # A prompt of the held-out text for samples and MTP acceptance, in characters.
 PROMPT_CHARS = 400
+# The main process trains the tokenizer, saves and evaluates alone, and the others wait for it in a collective.
+LONGEST_WAIT = timedelta(days=1)
 
 
 def pretrain(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
@@ -41,32 +44,64 @@ def pretrain(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     the same recipe then continues from there, bit for bit. A finished run is not repeated unless `restart`.
 
     Raises:
-        ValueError: the recipe, the data or a saved state is not usable; names the field or the file.
+        ValueError: the recipe, the data, the launcher's settings or a saved state is not usable; names the field or
+            the file.
         InterruptedError: stopped by a signal, after saving.
     """
     output = Path(recipe.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
     keep_freed_memory()
-    # without being told of the CPU, torchrun's processes would each be a run of their own there
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = data_parallel()
     main = accelerator.is_main_process
     with locked(output) if main else nullcontext():
-        record = {} if restart else _read_record(output, recipe)
+        record = {} if restart else read_record(output, recipe)
+        check_shared(output, "finished" if record else "not finished")
         if record:
             say(f"{output}: this run is finished ({record['steps']} steps); --restart trains it again")
             return record if main else {}
+        if recipe.batch_size % accelerator.num_processes:
+            raise ValueError(
+                f"recipe: batch_size is {recipe.batch_size}, allowed are multiples of the number of processes, "
+                f"{accelerator.num_processes}"
+            )
         corpus = load_corpus(
             recipe.data, heldout=recipe.heldout, text_field=recipe.text_field, heldout_fraction=recipe.heldout_fraction
         )
         if main:
-            _clear(output, everything=restart)
+            clear(output, everything=restart)
         accelerator.wait_for_everyone()
         found = newest_state(output / "checkpoints", say)
+        check_shared(output, "no saved state" if found is None else found[0].name)
         if found is not None:
-            _check_same(found[1]["record"], corpus, recipe, found[0])
-        data = prepare_text(recipe, output, corpus, accelerator)
-        return _run(recipe, output, data, found, accelerator)
+            check_same(found[1]["record"], corpus, recipe, found[0])
+        tokenizer, identity = load_tokenizer(recipe, output, corpus, accelerator)
+        if found is not None:
+            check_same_tokenizer(found[1]["record"], identity, found[0])
+        provenance = {"recipe": fixed_fields(recipe), "corpus_sha256": corpus.sha256, "tokenizer": identity}
+        return _run(recipe, output, prepare_text(recipe, corpus, tokenizer), found, provenance, accelerator)
+
+
+def data_parallel() -> Accelerator:
+    """accelerate's view of the launched processes, without what its saved defaults (`accelerate config`) would change.
+
+    Raises:
+        ValueError: the launcher asks for more than data parallelism.
+    """
+    # without being told of the CPU, torchrun's processes would each be a run of their own there
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no",
+        dynamo_backend="no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+    )
+    kind = accelerator.distributed_type
+    if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
+        raise ValueError(
+            f"accelerate: distributed_type is {kind.value}, allowed are NO and MULTI_GPU, MULTI_CPU and their like: "
+            "pretraining is data-parallel only (see `accelerate config`, or launch with torchrun)"
+        )
+    return accelerator
 
 
 def _run(
@@ -74,32 +109,53 @@ def _run(
     output: Path,
     data: TextData,
     found: tuple[Path, dict[str, Any]] | None,
+    provenance: dict[str, Any],
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Train from the state `found`, or from the start, to the end; then everything else of `pretrain`."""
     main = accelerator.is_main_process
     made_with = environment(accelerator.device)  # now: sources may change while this runs
-    dtype = _resolve_dtype(recipe, accelerator.device)
     tokenizer = data.tokenizer
     special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
     config = recipe.config(**special, eos_token_id=tokenizer.eos_token_id)
-    check_vocab(tokenizer, config.vocab_size)
+    model, monitor, recent = _train(recipe, config, output, data, found, provenance, accelerator)
+    results = _evaluate(recipe, output, data, model, monitor) if main else {}
+    results["environment"] = made_with
+    if recipe.compare:  # every rank takes part
+        model.to("cpu" if main else "meta")  # one model at a time on the device
+        twin = _train_dense(recipe, config, data, model.dtype, accelerator)
+        if main:
+            bits = heldout_bits_per_byte(twin, data.heldout, data.corpus.heldout_bytes, recipe.document_mask)
+            results["baselines_bits_per_byte"]["dense"] = bits
+    record = _finish(recipe, output, data, model, monitor, recent, results) if main else {}
+    accelerator.wait_for_everyone()
+    return record
 
+
+def _train(
+    recipe: Recipe,
+    config: DeepseekV3Config,
+    output: Path,
+    data: TextData,
+    found: tuple[Path, dict[str, Any]] | None,
+    provenance: dict[str, Any],
+    accelerator: Accelerator,
+) -> tuple[DeepseekV3ForCausalLM, Monitor, list[torch.Tensor]]:
+    """The trained model, its monitor, and the expert loads `[L, E]` of each of the last steps."""
+    main = accelerator.is_main_process
     if found is None:
         torch.manual_seed(recipe.seed)
-        model, start = DeepseekV3ForCausalLM(config).to(dtype), 0
-    else:
-        model = DeepseekV3ForCausalLM.from_pretrained(found[0] / "model", dtype=dtype)
+        model, start = DeepseekV3ForCausalLM(config).to(_resolve_dtype(recipe, accelerator.device)), 0
+    else:  # in the state's dtype, which `auto` meant where the run began
+        model = DeepseekV3ForCausalLM.from_pretrained(found[0] / "model", dtype="auto", **kernels(config))
         start = found[1]["step"]
-    model.to(accelerator.device)
-    if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    optimizer = build_optimizer(model.parameters(), recipe)
+    optimizer = _ready(model, recipe, accelerator)
 
     count = num_parameters(config)
+    dtype = str(model.dtype).removeprefix("torch.")
     say(
         f"{config.num_hidden_layers} layers, {config.n_routed_experts} experts, {count.total / 1e6:.1f}M parameters "
-        f"({count.activated / 1e6:.1f}M per token) + {count.mtp / 1e6:.1f}M for MTP, {dtype}".replace("torch.", "")
+        f"({count.activated / 1e6:.1f}M per token) + {count.mtp / 1e6:.1f}M for MTP, {dtype}"
     )
     monitor = Monitor(
         output / "metrics.jsonl" if main else None, recipe.steps, start, recipe.log_every, data.bytes_per_token, "step"
@@ -110,13 +166,13 @@ def _run(
         optimizer.load_state_dict(state["optimizer"])
         monitor.load_state_dict(state["monitor"])
         recent = state["recent_counts"]
+        del state  # the optimizer has its own copy
         say(f"continuing at step {start} from {found[0]}")
     states = output / "checkpoints"
-    provenance = {"recipe": _fixed(recipe), "corpus_sha256": data.corpus.sha256}
 
     def save_model(folder: Path) -> None:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        data.tokenizer.save_pretrained(folder)
 
     def save(step: int) -> None:
         if main:
@@ -131,7 +187,7 @@ def _run(
             monitor.update(result)
             recent.append(result.counts)
             del recent[: -max(50, min(1000, recipe.steps // 10))]
-            if step % recipe.eval_every == 0 and step < recipe.steps:
+            if main and step % recipe.eval_every == 0 and step < recipe.steps:
                 part = heldout_bits_per_byte(
                     model, data.heldout, data.corpus.heldout_bytes, recipe.document_mask, max_rows=64
                 )
@@ -148,15 +204,15 @@ def _run(
     monitor.close()
     if stopping:
         raise InterruptedError(f"stopped at step {done} of {recipe.steps}, saved in {states / f'step-{done}'}")
-    results = _evaluate(recipe, output, data, model, monitor) if main else {}
-    results["environment"] = made_with
-    if recipe.compare:  # every rank takes part
-        dense = _train_dense(recipe, config, data, model.dtype, accelerator)
-        if main:
-            results["baselines_bits_per_byte"]["dense"] = dense
-    record = _finish(recipe, output, data, model, monitor, recent, results) if main else {}
-    accelerator.wait_for_everyone()
-    return record
+    return model, monitor, recent
+
+
+def _ready(model: DeepseekV3ForCausalLM, recipe: Recipe, accelerator: Accelerator) -> MasterAdamW:
+    """Place `model` and set it up as the recipe says; returns its optimizer."""
+    model.to(accelerator.device)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return build_optimizer(model.parameters(), recipe)
 
 
 def _evaluate(
@@ -172,7 +228,7 @@ def _evaluate(
     (output / "samples.txt").write_text(write_samples(model, data.tokenizer, [p[:120] for p in prompts[:4]]))
     references = {}
     if recipe.compare:
-        references = baselines(corpus, data.train_tokens, data.heldout_tokens, config.vocab_size)
+        references = baselines(data, config.vocab_size)
     return {"heldout_bits_per_byte": bits, "baselines_bits_per_byte": references, "mtp": acceptance}
 
 
@@ -236,12 +292,12 @@ def _finish(
 
 def _train_dense(
     recipe: Recipe, config: DeepseekV3Config, data: TextData, dtype: torch.dtype, accelerator: Accelerator
-) -> float:
-    """Held-out bits per byte of the dense twin: same tokens in the same order, same schedule, same FLOPs per token."""
+) -> DeepseekV3ForCausalLM:
+    """The trained dense twin: same tokens in the same order, same schedule, same FLOPs per token."""
     say("training a dense model of equal compute")
     torch.manual_seed(recipe.seed)
-    model = DeepseekV3ForCausalLM(dense_twin(config)).to(accelerator.device, dtype)
-    optimizer = build_optimizer(model.parameters(), recipe)
+    model = dense_twin(config).to(dtype)
+    optimizer = _ready(model, recipe, accelerator)
     every = max(recipe.log_every, recipe.steps // 10)
     monitor = Monitor(None, recipe.steps, 0, every, data.bytes_per_token, "dense")
     with stop_signals() as stop:
@@ -254,7 +310,7 @@ def _train_dense(
     monitor.close()
     if done < recipe.steps:
         raise InterruptedError("stopped while training the dense model; the trained model's state is saved")
-    return heldout_bits_per_byte(model, data.heldout, data.corpus.heldout_bytes, recipe.document_mask)
+    return model
 
 
 def _resolve_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -263,52 +319,3 @@ def _resolve_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     if device.type == "cpu":  # without matrix units for it, bf16 is the slower one
         return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
     return torch.bfloat16
-
-
-def _fixed(recipe: Recipe) -> dict[str, Any]:
-    """What may not change between the parts of one run."""
-    free = ("output_dir", "log_every", "eval_every", "save_every", "keep_checkpoints", "compare", "micro_batch_size")
-    return {name: value for name, value in dataclasses.asdict(recipe).items() if name not in free}
-
-
-def _difference(saved: dict[str, Any], recipe: Recipe) -> str | None:
-    """The first field of `recipe` that may not change and differs from the saved one, in words."""
-    for name, value in _fixed(recipe).items():
-        if saved.get(name) != value:
-            return f"{name} = {saved.get(name)!r}, the recipe has {value!r}"
-    return None
-
-
-def _check_same(saved: dict[str, Any], corpus: Corpus, recipe: Recipe, where: Path) -> None:
-    if difference := _difference(saved["recipe"], recipe):
-        raise ValueError(f"{where}: saved with {difference}")
-    if saved["corpus_sha256"] != corpus.sha256:
-        raise ValueError(
-            f"{where}: the text of {corpus.name} has changed since this state was saved (SHA-256 differs)"
-        )
-
-
-def _read_record(output: Path, recipe: Recipe) -> dict[str, Any]:
-    path = output / RECORD
-    if not path.exists():
-        return {}
-    try:
-        record = json.loads(path.read_text())
-        saved = record["recipe"].items()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: is no run's record ({type(error).__name__}: {error})") from None
-    if difference := _difference(dict(saved), recipe):
-        raise ValueError(f"{path}: a finished run with {difference}; use another output_dir")
-    return record
-
-
-def _clear(output: Path, everything: bool) -> None:
-    """Remove what a killed run left half-written, and with `everything` the run itself."""
-    for leftover in output.glob(".*.tmp-*"):
-        leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
-    if not everything:
-        return
-    for name in ("checkpoints", "tokenizer", "model"):
-        shutil.rmtree(output / name, ignore_errors=True)
-    for name in (RECORD, "metrics.jsonl"):
-        (output / name).unlink(missing_ok=True)

@@ -21,7 +21,8 @@ class Recipe(YamlRecipe):
         heldout: held-out corpus; None splits `data` by a hash of the document names.
         heldout_fraction: share of the documents held out by that split.
         text_field: the column or key with the text.
-        tokenizer: folder of a tokenizer; None trains a byte-level BPE of the model's vocabulary size on the corpus.
+        tokenizer: folder of a tokenizer with BOS and EOS; None trains a byte-level BPE of the model's vocabulary size
+            on the corpus.
         preset: name of the model's preset.
         model: fields of the configuration that differ from the preset's.
         sequence_length: tokens per row.
@@ -32,7 +33,8 @@ class Recipe(YamlRecipe):
         learning_rate: peak; linear warm-up, then cosine to `min_lr_ratio` of it.
         warmup_steps, min_lr_ratio, weight_decay, beta1, beta2, grad_clip: AdamW and its schedule (paper 4.2).
         bias_update_until: share of the steps after which the routing bias rests (paper 4.2: 14.3T of 14.8T tokens).
-        dtype: of the weights; `bf16` keeps fp32 master weights in the optimizer; `auto` takes the faster.
+        dtype: of the weights; `bf16` keeps fp32 master weights in the optimizer; `auto` takes the faster
+            where the run begins.
         gradient_checkpointing: recompute activations in backward.
         seed: of initialisation and data order.
         log_every, eval_every, save_every: in steps; a save is also made at the end and on Ctrl-C.
@@ -102,3 +104,9 @@ class Recipe(YamlRecipe):
         """The model's configuration, with the tokenizer's special token ids."""
         lengths = {"max_position_embeddings": max(self.sequence_length, preset(self.preset).max_position_embeddings)}
         return preset(self.preset, **(lengths | special_tokens | self.model))
+
+
+def kernels(config: DeepseekV3Config) -> dict[str, str | None]:
+    """The kernel choices among a configuration's fields, which no file of it holds."""
+    names = ("attn_implementation", "experts_implementation")
+    return {name: getattr(config, f"_{name}") for name in names}

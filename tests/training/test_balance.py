@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepseek_v3.configuration import preset
 from deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -240,3 +241,11 @@ def test_two_ranks_end_with_the_biases_of_one_process(tmp_path) -> None:
         assert torch.equal(torch.stack(found["counts"]), torch.stack(results))
         assert torch.equal(found["bias"], biases(model))
     assert biases(model).any()
+
+
+def test_counts_of_layers_on_several_devices() -> None:
+    with FakeTensorMode():
+        model = tiny_model()
+        for i, router in enumerate(routers(model).values()):
+            router.load_counts = torch.ones(8, dtype=torch.int64, device=f"cuda:{i % 2}")
+        assert load_counts(model).shape == (3, 8)

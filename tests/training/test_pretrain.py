@@ -24,7 +24,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCa
 from deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_v3.data import batch_indices, load_corpus, tokenize_documents
 from deepseek_v3.optimizer import MasterAdamW
-from deepseek_v3.training import Recipe, pretrain
+from deepseek_v3.tokenization import train_tokenizer
+from deepseek_v3.training import Recipe, checkpoint, pretrain
 from deepseek_v3.training.loop import NonFiniteError, StepResult, fit
 from deepseek_v3.training.monitor import Monitor
 from deepseek_v3.training.optimizer import build_optimizer
@@ -42,11 +43,6 @@ from tests.training.helpers import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -444,6 +440,69 @@ def test_a_tokenizer_of_another_text_is_not_taken_over(
         assert found[0].read_text() == found[1].read_text()
 
 
+def stopped(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, step: int = 1) -> Path:
+    """Stop `recipe` after `step`; returns the saved state."""
+    with monkeypatch.context() as patch:
+        signal_after(patch, step)
+        with pytest.raises(InterruptedError):
+            pretrain(recipe)
+    return Path(recipe.output_dir) / "checkpoints" / f"step-{step}"
+
+
+def test_resuming_keeps_the_kernels(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No checkpoint holds them; the dense twin has them too."""
+    fast_finish(monkeypatch)
+    kernels = {"attn_implementation": "eager", "experts_implementation": "batched_mm"}
+    recipe = tiny_recipe(tmp_path, corpus, steps=2, compare=True, model={"vocab_size": 512, **kernels})
+    fit_model, seen = pretrain_module.fit, []
+
+    def noted(model: DeepseekV3ForCausalLM, *rest: object) -> int:
+        seen.append((model.config._attn_implementation, model.config._experts_implementation))
+        return fit_model(model, *rest)
+
+    monkeypatch.setattr(pretrain_module, "fit", noted)
+    stopped(recipe, monkeypatch)
+    pretrain(recipe)
+    assert seen == [("eager", "batched_mm")] * 3  # at the start, resumed, the twin
+
+
+def test_a_changed_tokenizer_is_refused(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast_finish(monkeypatch)
+    texts = [document.text for document in load_corpus(corpus, heldout_fraction=0.3).train]
+    folder = tmp_path / "tokenizer"
+    train_tokenizer(texts, 512).save_pretrained(folder)
+    recipe = tiny_recipe(tmp_path / "run", corpus, steps=2, tokenizer=str(folder))
+    state = stopped(recipe, monkeypatch)
+    good = {name: (folder / name).read_text() for name in ("tokenizer.json", "tokenizer_config.json")}
+    train_tokenizer(texts[:2], 512).save_pretrained(folder)
+    with pytest.raises(ValueError, match=rf"{state}: the tokenizer has changed .*sha256"):
+        pretrain(recipe)
+    (folder / "tokenizer.json").write_text(good["tokenizer.json"])
+    config = json.loads(good["tokenizer_config.json"])
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|EOT|>"}))
+    with pytest.raises(ValueError, match="the tokenizer has changed .*'eos_token_id': 1.*'eos_token_id': 5"):
+        pretrain(recipe)
+
+    # a state that says nothing of its tokenizer
+    manifest = json.loads((state / "manifest.json").read_text())
+    del manifest["sha256"], manifest["record"]["tokenizer"]
+    (state / "manifest.json").write_text(json.dumps(manifest | {"sha256": checkpoint._digest(manifest)}))
+    (folder / "tokenizer_config.json").write_text(good["tokenizer_config.json"])
+    assert pretrain(recipe)["finished"]
+
+
+def test_auto_stays_the_dtype_of_the_state(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may go on where `auto` means another dtype; its optimizer's state is of the first."""
+    fast_finish(monkeypatch)
+    pretrain(tiny_recipe(tmp_path / "whole", corpus, steps=2))
+    recipe = tiny_recipe(tmp_path / "run", corpus, steps=2, dtype="auto")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    stopped(recipe, monkeypatch)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert pretrain(recipe)["dtype"] == "float32"
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+
+
 def test_stopping_in_the_comparison_keeps_the_model(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -815,11 +874,11 @@ def test_a_signal_to_one_rank_stops_both(tmp_path: Path, corpus: Path, monkeypat
         assert one == pytest.approx(two, rel=1e-4)
 
 
-def test_a_batch_that_the_ranks_cannot_share(tmp_path: Path, corpus: Path) -> None:
-    recipe = tiny_recipe(tmp_path / "run", corpus, batch_size=3)
-    outcomes = run_ranks(tmp_path / "ranks", lambda: pretrain(recipe), seconds=30)
-    for outcome in outcomes:
-        assert outcome.startswith("ValueError: ") and "batch_size must be a multiple of world_size 2" in outcome
+def test_a_batch_that_the_ranks_cannot_share(tmp_path: Path) -> None:
+    """Said before the corpus is read."""
+    recipe = tiny_recipe(tmp_path / "run", tmp_path / "missing", batch_size=3)
+    for outcome in run_ranks(tmp_path / "ranks", lambda: pretrain(recipe), seconds=30):
+        assert outcome.startswith("ValueError: recipe: batch_size is 3, allowed are multiples")
 
 
 @pytest.mark.slow

@@ -1,0 +1,77 @@
+"""Tokenizers that a run can and cannot use, said before the work; documents read back from the packed stream."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deepseek_v3.data import load_corpus, pack_documents, tokenize_documents
+from deepseek_v3.tokenization import DeepseekV3Tokenizer, train_tokenizer
+from deepseek_v3.tokenization.vocabulary import BOS, EOS, PAD
+from deepseek_v3.training import pretrain, text
+from deepseek_v3.training.evaluation import mtp_acceptance
+from deepseek_v3.training.text import documents
+from tests.training.helpers import tiny_model, tiny_recipe
+
+
+@pytest.fixture
+def tokenizer_without(tmp_path: Path, corpus: Path) -> Callable[[str], str]:
+    """The folder of a tokenizer of 512 ids that has other names for the tokens given."""
+
+    def make(*tokens: str) -> str:
+        texts = (document.text for document in load_corpus(corpus, heldout_fraction=0.3).train)
+        train_tokenizer(texts, 512).save_pretrained(tmp_path / "tokenizer")
+        for file in (tmp_path / "tokenizer").glob("*.json"):
+            content = file.read_text().replace('"add_bos_token": true', '"add_bos_token": false')
+            for token in tokens:
+                content = content.replace(token, "<|other|>")
+            lines = content.splitlines()
+            file.write_text("\n".join(line for line in lines if '_token": "<|other|>"' not in line))
+        return str(tmp_path / "tokenizer")
+
+    return make
+
+
+@pytest.fixture
+def no_tokenization(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "tokenize_documents", lambda *_: pytest.fail("the corpus was tokenized"))
+
+
+@pytest.mark.parametrize(("token", "name"), [(BOS, "bos_token"), (EOS, "eos_token")])
+def test_a_tokenizer_without_document_marks_is_refused(
+    tmp_path: Path, corpus: Path, no_tokenization: None, tokenizer_without: Callable, token: str, name: str
+) -> None:
+    folder = tokenizer_without(token)
+    with pytest.raises(ValueError, match=f"{folder}: {name} is not set"):
+        pretrain(tiny_recipe(tmp_path / "run", corpus, tokenizer=folder))
+
+
+def test_a_tokenizer_beyond_the_model_s_vocabulary_is_refused(
+    tmp_path: Path, corpus: Path, no_tokenization: None, tokenizer_without: Callable
+) -> None:
+    recipe = tiny_recipe(tmp_path / "run", corpus, tokenizer=tokenizer_without(), model={"vocab_size": 400})
+    with pytest.raises(ValueError, match="has id 511, but config.vocab_size is 400"):
+        pretrain(recipe)
+
+
+def test_a_tokenizer_without_padding_is_enough(tokenizer_without: Callable) -> None:
+    """What stands under the mask changes nothing, and the tokenizer stays as it is."""
+    model, results = tiny_model(vocab_size=512), []
+    for tokens in ((), (PAD,)):
+        tokenizer = DeepseekV3Tokenizer.from_pretrained(tokenizer_without(*tokens))
+        results.append(mtp_acceptance(model, tokenizer, ["abc", "abc def ghi jab"], max_new_tokens=6))
+        assert (tokenizer.pad_token is None) == bool(tokens)
+    assert results[0] == results[1] and results[0]["drafts"] > 0
+
+
+def test_documents_of_a_packed_stream(corpus: Path, tokenizer_without: Callable) -> None:
+    tokenizer = DeepseekV3Tokenizer.from_pretrained(tokenizer_without())
+    texts = ["", *(document.text for document in load_corpus(corpus, heldout_fraction=0.3).train)]
+    expected = list(tokenize_documents(texts, tokenizer))
+    for options in ({}, {"evaluation": True, "context": 7}):
+        packed = pack_documents(expected, 32, bos_id=0, eos_id=1, **options)
+        found = documents(packed)
+        assert len(found) == len(expected)
+        for one, two in zip(found, expected, strict=True):
+            assert np.array_equal(one, two) and one.dtype == np.uint16 and one.base is not None
