@@ -17,11 +17,12 @@ import torch
 
 from ..configuration.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from ..modeling_deepseek_v3.moe import EXPERT_WEIGHTS
-from ..modeling_deepseek_v3.weight_files import read_header
+from ..modeling_deepseek_v3.weight_files import read_header, read_json
 from .stored import PLAIN, Region, Stored, plain, regions
 
 PREFIX = "base_model.model."
 CLASSIFIER_HEADS = ("score.weight", "score.bias")
+RECORD = "run.json"  # of the run that trained the adapter
 
 
 class Update(NamedTuple):
@@ -162,6 +163,18 @@ class Adapter:
             found = f"found rank {r!r:.50} and alpha {alpha!r:.50} for {key:.200}, whose factors have rank {rank}"
             raise ValueError(f"{self.folder / ADAPTER_CONFIG}: {found}")
         return alpha / (rank**0.5 if self._rslora else rank)
+
+    def recorded_labels(self) -> list[str]:
+        """Names of the classes, in the order of the logits, by the run's record beside the adapter; else none.
+
+        Raises:
+            ValueError: the record is no JSON, or too long.
+        """
+        path = self.folder / RECORD
+        match read_json(path) if path.is_file() else None:
+            case {"task": {"labels": [*labels]}} if all(isinstance(label, str) for label in labels):
+                return labels if len(set(labels)) == len(labels) else []
+        return []
 
     def merge(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The official tensor `name` with the adapter, in the dtype of `tensor`, computed in fp32 at least."""

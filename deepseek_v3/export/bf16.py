@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from .options import FormatOptions
 from .source import Source
 from .steps import Step, copy_step
 
@@ -12,14 +13,10 @@ DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(FormatOptions):
     """`dtype`: of every tensor but the routing bias, which is fp32."""
 
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: found {self.dtype!r}, allowed are {', '.join(DTYPES)}")
 
 
 def steps(source: Source, options: Options) -> list[Step]:

@@ -11,20 +11,18 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from ..quantization.bitsandbytes_layouts import LLMInt8Rows, llm_int8_tensors
-from . import bnb, compressed
+from . import bnb
+from .options import FormatOptions
 from .source import Source
 from .steps import Step, cast
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(FormatOptions):
     """`targets`: `linears`: all linear layers of attention and MLPs, those of MTP layers included; or `experts`: the
     routed ones only."""
 
-    targets: Literal["linears", "experts"] = "linears"
-
-    def __post_init__(self) -> None:
-        compressed.check_targets(self.targets)
+    targets: Literal["experts", "linears"] = "linears"
 
 
 def steps(source: Source, options: Options) -> list[Step]:

@@ -6,14 +6,8 @@ from collections.abc import Collection
 from .source import CLASSIFIERS, Source
 from .steps import LINEAR
 
-TARGETS = ("experts", "linears")
 ROUTED = re.compile(r".*\.mlp\.experts\.\d+\..*")
 GATE = ".mlp.gate.weight"
-
-
-def check_targets(targets: str) -> None:
-    if targets not in TARGETS:
-        raise ValueError(f"targets: found {targets!r}, allowed are {', '.join(TARGETS)}")
 
 
 def chosen_weights(source: Source, targets: str) -> list[str]:

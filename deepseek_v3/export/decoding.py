@@ -17,15 +17,19 @@ def stored_tensors(
     found: Mapping[str, Region],
     quantization: Any,
     config: DeepseekV3Config,
+    mtp: bool,
     where: str,
 ) -> dict[str, Stored]:
     """Official name -> how it is stored. Tensors that are no part of one come under their own name.
+
+    Args:
+        mtp: whether the model has the MTP layers of the configuration, which a classifier has not.
 
     Raises:
         ValueError: a quantization that is not read, or parts that do not fit each other; names file and field.
     """
     left = dict(found)
-    result = {} if quantization is None else _quantized(entries, left, quantization, config, where)
+    result = {} if quantization is None else _quantized(entries, left, quantization, config, mtp, where)
     result |= _fused_experts(left, config)
     return result | {name: plain(region) for name, region in left.items()}
 
@@ -35,12 +39,13 @@ def _quantized(
     left: dict[str, Region],
     quantization: Any,
     config: DeepseekV3Config,
+    mtp: bool,
     where: str,
 ) -> dict[str, Stored]:
     """Weights of linear layers in a layout of `quantization`; takes their parts out of `left`."""
     from ..quantization.schemes import read_layouts
 
-    weights = linear_shapes(config, config.num_nextn_predict_layers > 0)
+    weights = linear_shapes(config, mtp)
     result: dict[str, Stored] = {}
     for module, layout in read_layouts(quantization, entries, weights, where).items():
         parts: dict[str, Region] = {}

@@ -75,16 +75,21 @@ def tensor_errors(export: Tensors, reference: Tensors, names: Iterable[str]) -> 
     Returns:
         kind -> `tensors`, `parameters`, `relative_error`, and `largest` with the tensor it is the error of; and the
         tensors of the export that hold an infinity or a NaN, which are in no error.
+
+    Raises:
+        ValueError: a tensor of the reference holds one.
     """
     kinds: dict[str, dict[str, Any]] = {}
     squares: dict[str, np.ndarray] = {}
     non_finite = []
     for name in names:
+        expected = reference.read(name).float()
+        if not expected.isfinite().all():
+            raise ValueError(f"{name} of the reference: found numbers that are not finite, allowed is none such")
         found = export.read(name)
         if not found.isfinite().all():
             non_finite.append(name)
             continue
-        expected = reference.read(name).float()
         size = _square(expected)
         error = _square(found.float().sub_(expected))
         kind = tensor_kind(name, reference.config)
@@ -121,11 +126,15 @@ class ReferenceStates:
 
 @torch.no_grad()
 def reference_states(model: DeepseekV3ForCausalLM, rows: TextRows) -> ReferenceStates:
+    """ValueError if a logit is not finite, which nothing can be compared with."""
     model.eval()
-    states = [
-        model.model(batch["input_ids"].to(model.device), use_cache=False).last_hidden_state.cpu()
-        for batch in rows.batches()
-    ]
+    states = []
+    for batch in rows.batches():
+        ids = batch["input_ids"].to(model.device)
+        found = model.model(ids, use_cache=False).last_hidden_state
+        if not all(model.lm_head(row).isfinite().all() for row in found):  # logits of one row
+            raise ValueError(f"the reference's logits are not finite, from {first_non_finite(model, ids)} on")
+        states.append(found.cpu())
     return ReferenceStates(torch.cat(states), model.lm_head)
 
 

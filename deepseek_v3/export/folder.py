@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..durable import file_sha256
 from ..modeling_deepseek_v3.weight_files import read_json
 from .files import PlannedFile
 from .source import Source
@@ -19,11 +20,14 @@ PLAN, REPORT, LOCK = ".export.json", "export.json", ".lock"
 RESERVE = 2**24  # bytes for the files beside the weights
 
 
-def check_folder(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+def check_folder(folder: Path, plan: dict[str, Any], companions: Collection[str]) -> dict[str, Any] | None:
     """Check that `folder` is free for the export `plan`, or its own. Returns the report if it is done already.
 
+    Args:
+        companions: names of the files that go along with the weights. A finished export may lack some of them.
+
     Raises:
-        ValueError: the folder holds something else, or another export.
+        ValueError: the folder holds something else, or another export, or one that is finished and damaged.
     """
     present = {path.name for path in folder.iterdir()} - {LOCK, f"{PLAN}.partial"}
     for name in sorted({REPORT, PLAN} & present, reverse=True):  # the report is written last
@@ -35,7 +39,7 @@ def check_folder(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
             problem = f"holds another export, with another {', '.join(differing)}"
             raise ValueError(f"{folder / name}: {problem}; allowed is a folder that is new, empty, or of this export")
         if name == REPORT:
-            _check_whole(folder, content)
+            _check_whole(folder, content, companions)
             return content
         return None
     if present:
@@ -44,13 +48,17 @@ def check_folder(folder: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _check_whole(folder: Path, report: dict[str, Any]) -> None:
+def _check_whole(folder: Path, report: dict[str, Any], companions: Collection[str]) -> None:
     for name, file in report["files"].items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size != file["bytes"]:
-            raise ValueError(
-                f"{folder / name}: found {size} bytes, the finished export has {file['bytes']}; delete it"
-            )
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if name not in companions and size != file["bytes"]:
+            found = "not there" if size is None else f"found {size} bytes"
+            problem = f"{found}, the finished export has {file['bytes']}"
+            raise ValueError(f"{path}: {problem}; delete {folder} or name another folder")
+        if name in companions and size is not None and file_sha256(path) != file["sha256"]:
+            problem = "differs from that of the finished export; delete it, and the same command writes it again"
+            raise ValueError(f"{path}: {problem}")
 
 
 def check_room(folder: Path, files: Sequence[PlannedFile]) -> None:
@@ -84,18 +92,24 @@ def write_config(source: Source, folder: Path, dtype: torch.dtype, quantization:
     config.save_pretrained(folder)
 
 
-def copy_companions(source: Source, folder: Path) -> None:
-    for name, file in source.companions().items():
+def copy_companions(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy `Source.companions` to `folder`."""
+    for name, file in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, folder / name)
 
 
-def published(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`record` with the names of absolute paths instead of the paths: a report goes along with the weights."""
-    return {
-        key: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-        for key, value in record.items()
-    }
+def restore_companions(files: Mapping[str, Path], folder: Path, report: dict[str, Any]) -> None:
+    """Copy those of `Source.companions` again that a finished export has lost.
+
+    Raises:
+        ValueError: one in the source is not the one that the report describes.
+    """
+    missing = {name: file for name, file in files.items() if name in report["files"] and not (folder / name).exists()}
+    for name, file in missing.items():
+        if file_sha256(file) != report["files"][name]["sha256"]:
+            raise ValueError(f"{file}: differs from that of the finished export in {folder}; allowed is the same file")
+    copy_companions(missing, folder)
 
 
 def figures(source: Source, steps: Sequence[Step]) -> dict[str, Any]:

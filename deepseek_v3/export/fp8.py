@@ -8,19 +8,16 @@ import torch
 
 from ..kernels.fp8_quant.reference import TILE, quantize_weight
 from ..modeling_deepseek_v3.checkpoint import FP8_SUFFIX
+from .options import FormatOptions
 from .source import Source
 from .steps import LINEAR, Output, Read, Step, copy_step
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(FormatOptions):
     """`power_of_two`: scales rounded up to powers of two (ue8m0), as DeepSeek-V3.1 has them."""
 
     power_of_two: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.power_of_two, bool):
-            raise ValueError(f"power_of_two: found {self.power_of_two!r}, allowed are True and False")
 
 
 def steps(source: Source, options: Options) -> list[Step]:

@@ -18,6 +18,7 @@ from .gguf_metadata import ARCHITECTURE, add_hyperparameters, add_tokenizer, blo
 from .gguf_quantize import K_QUANTS, PLAIN, QUANTIZATIONS, Type, ggml_library, tensor_type, to_bytes, type_bytes
 from .gguf_source import GGUFSource, read_gguf
 from .gguf_tensors import KV_B, Place, places, split_kv_b
+from .options import FormatOptions
 from .source import Source
 from .steps import Output, Read, Step
 
@@ -25,7 +26,7 @@ __all__ = ["GGUFSource", "Options", "files", "quantization_config", "read_gguf",
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(FormatOptions):
     """
     Attributes:
         quantization: the type of most weights; norms and routers are always F32. Rows that are no multiple of a type's
@@ -37,10 +38,9 @@ class Options:
     mtp: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization: found {self.quantization!r}, allowed are {', '.join(QUANTIZATIONS)}")
-        if not isinstance(self.mtp, bool):
-            raise ValueError(f"mtp: found {self.mtp!r}, allowed are True and False")
 
 
 def steps(source: Source, options: Options) -> list[Step]:

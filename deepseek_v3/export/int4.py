@@ -15,15 +15,15 @@ from . import compressed
 from .calibration import Calibration, Quantize, calibration_rows
 from .gptq import Gptq, round_to_grid, search_scales, spread
 from .learned_scales import LearnedScales
+from .options import FormatOptions
 from .source import Source
 from .steps import Output, Read, Step, copy_step
 
-METHODS = ("gptq", "learned", "mse", "rtn")
 CALIBRATED: dict[str, Callable[[torch.Tensor, int], Quantize]] = {"gptq": Gptq, "learned": LearnedScales}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(FormatOptions):
     """How to quantize.
 
     Attributes:
@@ -45,14 +45,12 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method: found {self.method!r}, allowed are {', '.join(METHODS)}")
+        super().__post_init__()
         if self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size: found {self.group_size!r}, allowed are {', '.join(map(str, GROUP_SIZES))}")
-        compressed.check_targets(self.targets)
         for name, least in (("calibration_rows", 1), ("calibration_length", 2), ("seed", 0)):
             value = getattr(self, name)
-            if type(value) is not int or value < least:
+            if value < least:
                 raise ValueError(f"{name}: found {value!r}, allowed are whole numbers from {least}")
 
 

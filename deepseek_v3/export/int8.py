@@ -12,18 +12,16 @@ import torch
 
 from ..kernels.int8 import quantize_int8
 from . import compressed
+from .options import FormatOptions
 from .source import Source
 from .steps import Output, Read, Step, copy_step
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(FormatOptions):
     """`targets`: `linears` (see `compressed.chosen_weights`), or `experts`: the routed ones, the rest in 16 bits."""
 
-    targets: Literal["linears", "experts"] = "linears"
-
-    def __post_init__(self) -> None:
-        compressed.check_targets(self.targets)
+    targets: Literal["experts", "linears"] = "linears"
 
 
 def steps(source: Source, options: Options) -> list[Step]:

@@ -12,7 +12,8 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from ..quantization.bitsandbytes_layouts import NF4Blocks, nf4_tensors
-from . import bnb, compressed
+from . import bnb
+from .options import FormatOptions
 from .source import Source
 from .steps import Step, cast
 
@@ -20,7 +21,7 @@ RECORD = ".weight.quant_state.bitsandbytes__nf4"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(FormatOptions):
     """
     Attributes:
         double_quant: whether the scales are quantized too: 0.516 bytes per weight instead of 0.5625.
@@ -29,12 +30,7 @@ class Options:
     """
 
     double_quant: bool = True
-    targets: Literal["linears", "experts"] = "linears"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.double_quant, bool):
-            raise ValueError(f"double_quant: found {self.double_quant!r}, allowed are True and False")
-        compressed.check_targets(self.targets)
+    targets: Literal["experts", "linears"] = "linears"
 
 
 def steps(source: Source, options: Options) -> list[Step]:

@@ -4,7 +4,7 @@ import importlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from os import PathLike
@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
+from ..configuration.local_paths import without_paths
 from ..durable import file_sha256, write_json
 from ..process import environment, locked, say, stop_signals
 from .files import Journal, PartialFile, PlannedFile, plan_safetensors, write_index
@@ -27,11 +28,12 @@ from .folder import (
     check_room,
     copy_companions,
     figures,
-    published,
+    restore_companions,
     room_errors,
     write_config,
 )
 from .memory import peak_memory, reset_peak_memory
+from .options import FormatOptions, check_option
 from .source import Source
 from .steps import Step
 
@@ -61,7 +63,7 @@ def export(
 ) -> dict[str, Any]:
     """Write a checkpoint in another format, and what was done to `export.json`. Resumes what it was interrupted in.
 
-    A format is a module of this package with `Options`, `steps(source, options)` and
+    A format is a module of this package with `Options` (of `FormatOptions`), `steps(source, options)` and
     `quantization_config(source, options)`; it may have
     `config_dtype(options)`, the dtype that config.json names (default bf16);
     `files(source, steps, options)`, for files that are not safetensors: these stand alone, without config.json and
@@ -87,16 +89,18 @@ def export(
             it, a disk without room; says what was found and what is allowed.
         InterruptedError: stopped by a signal after a step; the same call goes on from there.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format: found {format!r}, allowed are {', '.join(FORMATS)}")
+    settings = format_options(format, options)
+    check_option("max_shard_bytes", max_shard_bytes, int)
+    check_option("progress", progress, bool)
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: found {max_shard_bytes}, allowed are sizes above 0")
     module = _module(format)
-    settings = _options(module, options)
     if not isinstance(source, Source):
         source = Source(source, adapter)
     elif adapter is not None:
         raise ValueError("adapter: found one with a Source, allowed is Source(folder, adapter)")
+    for note in source.notes:
+        say(note)
     folder = Path(output)
     if folder.exists() and folder.resolve() == source.folder.resolve():
         raise ValueError(f"output: found {str(folder)!r}, which is the source; allowed is another folder")
@@ -105,8 +109,8 @@ def export(
     plan = {
         "package": __version__,
         "format": format,
-        "options": published(asdict(settings)),
-        "calibration": None if calibration is None else published(calibration),
+        "options": without_paths(asdict(settings)),
+        "calibration": None if calibration is None else without_paths(calibration),
         "max_shard_bytes": max_shard_bytes,
         "source": source.fingerprint(),
     }
@@ -115,9 +119,14 @@ def export(
     files = module.files(source, steps, settings) if hasattr(module, "files") else None
     files = plan_safetensors(steps, max_shard_bytes) if files is None else files
 
+    companions = source.companions()
     folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder, plan, companions)  # the lock is a file: none is written into somebody else's folder
     with locked(folder):
-        if (report := check_folder(folder, plan)) is None:
+        report = check_folder(folder, plan, companions)
+        if report is not None:
+            restore_companions(companions, folder, report)
+        else:
             with room_errors(folder):
                 report = _write(source, folder, files, module, settings, plan, progress)
         for path in (*folder.glob(".export*"), folder / LOCK):
@@ -125,19 +134,28 @@ def export(
     return report
 
 
+def format_options(format: str, given: Mapping[str, Any]) -> FormatOptions:
+    """The `Options` of a format, with the fields that are `given`.
+
+    Raises:
+        ValueError: an unknown format or one whose library is missing, a name that is no option of it, or a value that
+            is not allowed; says what was found and what is allowed.
+    """
+    module = _module(format)
+    allowed = [field.name for field in fields(module.Options)]
+    if unknown := [name for name in given if name not in allowed]:
+        raise ValueError(f"options: found {', '.join(unknown)}, allowed are {', '.join(allowed)}")
+    return module.Options(**given)
+
+
 def _module(format: str) -> ModuleType:
+    if format not in FORMATS:
+        raise ValueError(f"format: found {format!r}, allowed are {', '.join(FORMATS)}")
     try:
         return importlib.import_module(f".{FORMATS[format]}", __package__)
     except ModuleNotFoundError as error:
         needs = f"needs a library that is not installed: pip install {error.name}"
         raise ValueError(f"format: {format} {needs}") from error
-
-
-def _options(module: ModuleType, given: dict[str, Any]) -> Any:
-    allowed = [field.name for field in fields(module.Options)]
-    if unknown := [name for name in given if name not in allowed]:
-        raise ValueError(f"options: found {', '.join(unknown)}, allowed are {', '.join(allowed)}")
-    return module.Options(**given)
 
 
 def check_steps(source: Source, steps: Sequence[Step], official: bool) -> None:
@@ -218,7 +236,7 @@ def _write(
         dtype = module.config_dtype(options) if hasattr(module, "config_dtype") else torch.bfloat16
         write_index(folder, files, counts["parameters"])
         write_config(source, folder, dtype, module.quantization_config(source, options))
-        copy_companions(source, folder)
+        copy_companions(source.companions(), folder)
     if hasattr(module, "finish"):
         module.finish(folder, source, options)
         hashes = {}

@@ -13,7 +13,8 @@ from ..configuration.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..durable import file_sha256
 from ..modeling_deepseek_v3.checkpoint import check_tensors, mtp_copies, tensor_shapes
 from ..modeling_deepseek_v3.weight_files import scan_folder
-from .adapter import Adapter, base_folder
+from ..tokenization import DeepseekV3Tokenizer, check_vocab
+from .adapter import RECORD, Adapter, base_folder
 from .decoding import stored_tensors
 from .stored import Stored, bytes_of, regions
 
@@ -53,6 +54,7 @@ class Source:
         dropped: names that the merged model has no place for: head and MTP layers, under a classifier's adapter.
         files: the checkpoint's files of weights.
         tokenizer_folder: where the tokenizer is, the adapter's if it has one; None without a tokenizer.
+        notes: what a user has to know of the model, in sentences.
     """
 
     def __init__(self, folder: str | PathLike[str], adapter: str | PathLike[str] | None = None) -> None:
@@ -88,20 +90,21 @@ class Source:
         entries = scan_folder(self.folder)
         found = regions(entries)
         self.files = sorted({region.file for region in found.values()})
-        self._stored = stored_tensors(entries, found, self.quantization, self.config, where)
-        official = {name: stored.entry for name, stored in self._stored.items()}
         mtp = not classifier and self.config.num_nextn_predict_layers > 0
+        self._stored = stored_tensors(entries, found, self.quantization, self.config, mtp, where)
+        official = {name: stored.entry for name, stored in self._stored.items()}
         check_tensors(official, self.config, str(self.folder), lm_head=not classifier, mtp=mtp)
         self._set_names(classifier)
 
         self.dropped: list[str] = []
+        self.notes: list[str] = []
         self.adapter: Adapter | None = None
+        folders = [self.folder] if adapter is None else [Path(adapter), self.folder]
+        self.tokenizer_folder = next((path for path in folders if (path / TOKENIZER).is_file()), None)
         if adapter is None:
             self._check_head()
         else:
             self._add(Adapter(Path(adapter), {name: self.shape(name) for name in self.names}))
-        folders = [self.folder] if self.adapter is None else [self.adapter.folder, self.folder]
-        self.tokenizer_folder = next((path for path in folders if (path / TOKENIZER).is_file()), None)
 
     def _add(self, adapter: Adapter) -> None:
         self.adapter = adapter
@@ -118,7 +121,21 @@ class Source:
             raise ValueError(f"{adapter.folder / ADAPTER_WEIGHTS}: {found}")
         self._check_head()
         if "score.weight" in merged:
-            self.config.num_labels = self.shape("score.weight")[0]
+            self._set_labels(adapter)
+
+    def _set_labels(self, adapter: Adapter) -> None:
+        """What a classifier's configuration says beside its head: the labels, and the padding token of its batches."""
+        count = self.config.num_labels = self.shape("score.weight")[0]  # anew where it was another number
+        if len(labels := adapter.recorded_labels()) == count:
+            self.config.id2label = dict(enumerate(labels))
+            self.config.label2id = {label: number for number, label in enumerate(labels)}
+        elif self.config.id2label == {number: f"LABEL_{number}" for number in range(count)}:
+            record = adapter.folder / RECORD
+            self.notes.append(f"{record} names no {count} labels: they are LABEL_0 to LABEL_{count - 1} in the result")
+        if self.config.pad_token_id is None and self.tokenizer_folder is not None:
+            tokenizer = DeepseekV3Tokenizer.from_pretrained(self.tokenizer_folder)
+            check_vocab(tokenizer, self.config.vocab_size)
+            self.config.pad_token_id = tokenizer.pad_token_id
 
     def _set_names(self, classifier: bool, allowed: Iterable[str] = ()) -> None:
         mtp = not classifier and self.config.num_nextn_predict_layers > 0
@@ -184,8 +201,8 @@ class Source:
         return found
 
     def fingerprint(self) -> str:
-        """SHA-256 of what identifies the source without reading its tensors: configuration, headers, sizes, times, and
-        the files that go along."""
+        """SHA-256 of what identifies the source without reading its tensors: configuration, headers, sizes, times, the
+        files that go along, and of an adapter its files and labels."""
         running = hashlib.sha256((self.folder / "config.json").read_bytes())
         for name, file in self.companions().items():
             running.update(f"{name} {file_sha256(file)}".encode())
@@ -197,6 +214,7 @@ class Source:
         if self.adapter is not None:
             for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                 running.update(file_sha256(self.adapter.folder / name).encode())
+            running.update(repr(self.config.id2label).encode())
         return running.hexdigest()
 
     def record(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..configuration import DeepseekV3Config
@@ -17,8 +16,9 @@ from ..evaluation.speed import mtp_acceptance, throughput
 from ..evaluation.text import LENGTH, TextRows, read_text, text_rows
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
 from ..process import environment, say
+from ..tokenization import DeepseekV3Tokenizer
 from .fidelity import Tensors, compare_logits, coverage, reference_states, tensor_errors
-from .source import Source
+from .source import TOKENIZER, Source
 from .steps import ROUTING_BIAS
 
 RECORD = "verify.json"
@@ -38,6 +38,8 @@ class Thresholds:
         top1: smallest share of equal top predictions.
         perplexity: largest relative rise.
         mtp: largest absolute fall of the acceptance of MTP drafts.
+        tensor: largest error of any one tensor, which in a kind of thousands would not show. Honest ones of 4 bits are
+            below 0.2; it is 1 for a tensor of zeros.
     """
 
     relative_error: float
@@ -45,6 +47,7 @@ class Thresholds:
     top1: float
     perplexity: float
     mtp: float = 0.1
+    tensor: float = 0.5
 
 
 # Of trained models of some 10 million parameters, the hardest case: larger ones lose less by the same rounding.
@@ -93,14 +96,20 @@ def verify(
         finite, and for classifiers, no logits are compared.
 
     Raises:
-        ValueError: a folder that is no checkpoint; names the file or field.
+        ValueError: a folder that is no checkpoint, a reference without tokenizer or with numbers that are not finite;
+            names the file, field or tensor.
     """
     logging.disable_progress_bar()
     reference = Source(against)
     export, where = _open(Path(folder))
     form = _format(export)
     limits = thresholds or DEFAULTS[form]
-    report: dict[str, Any] = {"export": Path(folder).name, "against": Path(against).name, "format": form}
+    tokenizer = None
+    if "score.weight" not in reference.names:
+        if reference.tokenizer_folder is None:
+            raise ValueError(f"{reference.folder}: found no {TOKENIZER}, which the comparison of logits needs")
+        tokenizer = DeepseekV3Tokenizer.from_pretrained(reference.tokenizer_folder)
+    report: dict[str, Any] = {"export": _name(folder), "against": _name(against), "format": form}
     say("comparing tensors")
     report["coverage"] = found = coverage(export, reference)
     # GGUF metadata hold what the forward pass needs; whether that is right, the logits show
@@ -113,8 +122,7 @@ def verify(
     report["bytes"] = {"reference": _weight_bytes(reference.folder), "export": _weight_bytes(Path(folder))}
     report["bytes_per_parameter"] = {key: size / report["parameters"] for key, size in report["bytes"].items()}
 
-    if not different and not report["non_finite_tensors"] and "score.weight" not in reference.names:
-        tokenizer = AutoTokenizer.from_pretrained(reference.folder)
+    if tokenizer is not None and not different and not report["non_finite_tensors"]:
         length = min(length, reference.config.max_position_embeddings)
         drawn = text_rows(read_text(text), tokenizer, length, rows, seed)
         report["text"] = {**drawn.describe(), "seed": seed}
@@ -139,19 +147,25 @@ def _open(path: Path) -> tuple[Tensors, Path]:
     return read_gguf(files[0]), files[0].parent
 
 
+def _name(path: str | Path) -> str:
+    """Its last part, also where that is "." or "..". The file of a Hub cache is a link to one named by its hash."""
+    return (Path(path).resolve() if Path(path).is_dir() else Path(path)).name
+
+
 def _format(export: Tensors) -> str:
-    """The format's name by what the export itself says; a key of `DEFAULTS`."""
+    """The format's name by what the export itself says; a key of `DEFAULTS`. Of 4 and 8 bits together: that of 4."""
     if not isinstance(export, Source):
         return "gguf"
-    stated = export.quantization or {}
-    names = {
-        (None, None): "bf16",
-        ("fp8", None): "fp8",
-        ("compressed-tensors", "pack-quantized"): "int4",
-        ("compressed-tensors", "int-quantized"): "int8",
-        ("bitsandbytes", None): "nf4" if stated.get("load_in_4bit") else "bnb-int8",
-    }
-    return names[stated.get("quant_method"), stated.get("format")]
+    match export.quantization:
+        case None:
+            return "bf16"
+        case {"quant_method": "compressed-tensors", "config_groups": groups}:
+            return "int4" if any(group["weights"]["num_bits"] == 4 for group in groups.values()) else "int8"
+        case {"quant_method": "bitsandbytes", "load_in_4bit": True}:
+            return "nf4"
+        case {"quant_method": "bitsandbytes"}:
+            return "bnb-int8"
+    return "fp8"
 
 
 def _config_differences(export: DeepseekV3Config, reference: DeepseekV3Config) -> dict[str, list[Any]]:
@@ -241,6 +255,9 @@ def _failures(report: Mapping[str, Any], limits: Thresholds) -> list[str]:
         limit = limits.relative_error if kind in quantized else ROUNDING
         if row["relative_error"] > limit:
             found.append(f"{kind}: relative error {row['relative_error']:.4g} of the tensors, at most {limit:g}")
+        if row["largest"] > limits.tensor:
+            worst = f"{row['largest']:.4g} of {row['largest_tensor']}"
+            found.append(f"{kind}: relative error {worst}, at most {limits.tensor:g}")
     if "non_finite_logits" in report:
         found.append(f"logits are not finite, from {report['non_finite_logits']} on")
     if "kl" not in report:

@@ -99,26 +99,6 @@ class NF4Weight(nn.Module):
         """One expert's matrix `[out, in]` in `dtype`."""
         return self.dequantize(experts=torch.tensor([expert], device=self.device)).squeeze(0)
 
-    def expert_state(self, expert: int) -> tuple[torch.Tensor, functional.QuantState]:
-        """One expert as `quantize_4bit` returns it: packed `[ceil(M / 2), 1]` uint8 and its `QuantState`."""
-        state2, offset = None, None
-        if self.nested_absmax is not None:
-            state2 = functional.QuantState(
-                self.nested_absmax[expert], code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
-            )
-            offset = self.offset[expert]
-        state = functional.QuantState(
-            self.absmax[expert],
-            shape=self.shape[1:],
-            code=functional.get_4bit_type("nf4", device=self.device),
-            blocksize=BLOCK,
-            quant_type="nf4",
-            dtype=self.dtype,
-            offset=offset,
-            state2=state2,
-        )
-        return self.packed[expert].unsqueeze(1), state
-
     def _apply(self, fn, recurse=True):
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(fn(tensor.new_empty(0)).device)

@@ -1,6 +1,7 @@
 """Adapters merged from their files, against PEFT's `merge_and_unload`; variants that are not plain LoRA."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from deepseek_v3 import (
 )
 from deepseek_v3.export import Source, export
 from deepseek_v3.finetuning import apply_lora, load_adapter
+from deepseek_v3.tokenization import train_tokenizer
+from tests.evaluation.helpers import tiny_tokenizer
+from tests.evaluation.helpers import write_checkpoint as write_with_tokenizer
 from tests.export.helpers import config_json, read_tensors
 from tests.modeling_deepseek_v3.helpers import relative_error, tokens
 
@@ -101,13 +105,22 @@ def test_copies_in_the_mtp_layer_follow_the_merged_tensors(plain: Path, tmp_path
     assert torch.equal(source.read("model.embed_tokens.weight"), found["model.embed_tokens.weight"])
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal model with a real tokenizer, whose configuration has no padding token."""
+    folder = tmp_path_factory.mktemp("base")
+    write_with_tokenizer(folder)
+    assert config_json(folder)["pad_token_id"] is None and tiny_tokenizer().pad_token_id is not None
+    return folder
+
+
 @pytest.mark.parametrize("cls", [DeepseekV3ForSequenceClassification, DeepseekV3ForTokenClassification])
 @torch.no_grad()
-def test_a_classifiers_adapter_brings_its_head(plain: Path, tmp_path: Path, cls: type) -> None:
-    model = cls.from_pretrained(plain, num_labels=3, pad_token_id=0)
+def test_a_classifiers_adapter_brings_its_head(base: Path, tmp_path: Path, cls: type) -> None:
+    model = cls.from_pretrained(base, num_labels=3, pad_token_id=0)
     model = trained(apply_lora(model, ["attention", "experts"], rank=2))
     ids = tokens(2, 12)
-    report = check(model, plain, tmp_path)
+    report = check(model, base, tmp_path)
     assert config_json(tmp_path / "out")["architectures"] == [cls.__name__]
     merged = cls.from_pretrained(tmp_path / "out", pad_token_id=0).eval()
     expected = cls.from_pretrained(tmp_path / "merged", pad_token_id=0).eval()
@@ -115,6 +128,91 @@ def test_a_classifiers_adapter_brings_its_head(plain: Path, tmp_path: Path, cls:
     tensors = read_tensors(tmp_path / "out")
     assert "lm_head.weight" not in tensors and not any(".layers.3." in name for name in tensors)
     assert report["tensors"]["dropped"] == 1 + 42  # the head and the MTP layer
+
+
+@pytest.fixture
+def classifier(base: Path, tmp_path: Path) -> Path:
+    """A classifier's adapter, with the record that its run left beside it."""
+    model = DeepseekV3ForSequenceClassification.from_pretrained(base, num_labels=3, pad_token_id=0)
+    trained(apply_lora(model, ["attention"], rank=2)).save_pretrained(tmp_path / "adapter")
+    record_labels(tmp_path / "adapter", ["bad", "fair", "good"])
+    return tmp_path / "adapter"
+
+
+def record_labels(adapter: Path, labels: Any) -> None:
+    (adapter / "run.json").write_text(json.dumps({"finished": True, "task": {"name": "x", "labels": labels}}))
+
+
+def test_a_classifiers_adapter_brings_its_labels_and_padding(
+    classifier: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As the merge of fine-tuning itself writes them."""
+    export(base, tmp_path / "out", "bf16", adapter=classifier)
+    config = config_json(tmp_path / "out")
+    assert config["id2label"] == {"0": "bad", "1": "fair", "2": "good"}
+    assert config["label2id"] == {"bad": 0, "fair": 1, "good": 2}
+    assert config["pad_token_id"] == tiny_tokenizer().pad_token_id
+    model = DeepseekV3ForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert model(tokens(2, 12)).logits.shape == (2, 3)  # of a batch, which needs the padding token
+    assert capsys.readouterr().out == ""
+    record_labels(classifier, ["worst", "fair", "good"])
+    with pytest.raises(ValueError, match="holds another export, with another source"):
+        export(base, tmp_path / "out", "bf16", adapter=classifier)
+
+
+def test_padding_is_of_the_tokenizer_that_goes_along(classifier: Path, base: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "7"
+    tokenizer.save_pretrained(classifier)
+    assert Source(base, classifier).config.pad_token_id == tokenizer.convert_tokens_to_ids("7")
+
+
+def test_padding_of_the_base_is_kept(classifier: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "padded")
+    (tmp_path / "padded" / "config.json").write_text(json.dumps({**config_json(base), "pad_token_id": 9}))
+    assert Source(tmp_path / "padded", classifier).config.pad_token_id == 9
+
+
+def test_a_tokenizer_that_is_no_part_of_the_base_is_refused(classifier: Path, base: Path) -> None:
+    train_tokenizer(["some other text"], 310).save_pretrained(classifier)
+    with pytest.raises(ValueError, match="token .* has id 3.., but config.vocab_size is 300"):
+        Source(base, classifier)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        [],
+        {"task": ["bad", "fair", "good"]},
+        {"task": {"labels": None}},
+        {"task": {"labels": "abc"}},
+        {"task": {"labels": ["bad", "good"]}},
+        {"task": {"labels": ["bad", "bad", "good"]}},
+        {"task": {"labels": ["bad", ["fair"], "good"]}},
+        {"task": {"labels": ["bad", 2, "good"]}},
+    ],
+)
+def test_labels_that_no_record_names_keep_their_numbers(
+    classifier: Path, base: Path, tmp_path: Path, content: Any, capsys: pytest.CaptureFixture
+) -> None:
+    (classifier / "run.json").write_text(json.dumps(content))
+    if content is None:
+        (classifier / "run.json").unlink()
+    export(base, tmp_path / "out", "bf16", adapter=classifier)
+    assert config_json(tmp_path / "out")["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "run.json names no 3 labels" in said and "LABEL_0" in said
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [("{", "not valid JSON"), ('{"a": 1, "a": 2}', "not valid JSON .duplicate"), ("[" * 10**5, "nested too deeply")],
+)
+def test_a_record_that_cannot_be_read_is_named(classifier: Path, base: Path, content: str, message: str) -> None:
+    (classifier / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=f"run.json: {message}"):
+        Source(base, classifier)
 
 
 def test_a_bf16_base_is_rounded_once(ragged: Path, tmp_path: Path) -> None:

@@ -152,6 +152,26 @@ def test_tensors_that_are_not_finite_are_named(value: float) -> None:
     assert errors["attention"]["relative_error"] == 0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reference_that_is_not_finite_is_no_reference(value: float) -> None:
+    """Whether the export repeats it or not."""
+    before = official()
+    after = {name: tensor.clone() for name, tensor in before.items()}
+    before["model.layers.2.self_attn.o_proj.weight"][3, 1] = value
+    for export in (after, before):
+        with pytest.raises(ValueError, match="o_proj.weight of the reference: found numbers that are not finite"):
+            tensor_errors(InMemory(export), InMemory(before), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.shared_experts.up_proj", "lm_head"])
+def test_a_reference_whose_numbers_overflow_is_no_reference(rows: TextRows, name: str) -> None:
+    model = tiny_model()
+    model.get_submodule(name).weight.fill_(3e38)
+    with pytest.raises(ValueError, match=f"the reference's logits are not finite, from {name} on"):
+        reference_states(model, rows)
+
+
 def test_coverage_tells_names_and_shapes() -> None:
     before = official()
     after = {name: tensor for name, tensor in before.items() if "layers.3" not in name}

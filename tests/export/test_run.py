@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from deepseek_v3 import DeepseekV3Config
 from deepseek_v3.configuration.parameters import num_parameters
-from deepseek_v3.export import Output, Source, Step, export, files, fp8, run
+from deepseek_v3.export import Output, Source, Step, export, files, format_options, fp8, run
 from deepseek_v3.export.memory import peak_memory, reset_peak_memory
 from deepseek_v3.export.run import check_steps
 from deepseek_v3.modeling_deepseek_v3.checkpoint import tensor_shapes
@@ -181,9 +181,60 @@ def test_a_finished_export_is_not_done_again(plain: Path, tmp_path: Path, monkey
     first = export(plain, tmp_path, "bf16")
     monkeypatch.setattr(Source, "read", None)
     assert export(plain, tmp_path, "bf16") == first == json.loads((tmp_path / "export.json").read_text())
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"model.safetensors: found 0 bytes, the finished export has \d+; delete it"):
+
+
+def test_a_lost_file_that_goes_along_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    names = [*TOKENIZER, "generation_config.json", "additional_chat_templates/tool.jinja"]
+    (source / names[-1]).write_text("{{ y }}")
+    report = export(source, tmp_path / "out", "bf16")
+    for name in names:
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / "additional_chat_templates").rmdir()
+    monkeypatch.setattr(Source, "read", None)
+    assert export(source, tmp_path / "out", "bf16") == report
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_changed_file_that_goes_along_can_be_repaired_as_the_error_says(plain: Path, tmp_path: Path) -> None:
+    report, file = export(plain, tmp_path, "bf16"), tmp_path / "tokenizer_config.json"
+    content = file.read_bytes()
+    for changed in (content.swapcase(), content + b" "):
+        file.write_bytes(changed)
+        message = "tokenizer_config.json: differs from that of the finished export; delete it, and the same command"
+        with pytest.raises(ValueError, match=message):
+            export(plain, tmp_path, "bf16")
+        assert file.read_bytes() == changed and not (tmp_path / ".lock").exists()
+        file.unlink()
+        assert export(plain, tmp_path, "bf16") == report and file.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_damaged_file_of_the_export_itself_asks_for_another_folder(plain: Path, tmp_path: Path, name: str) -> None:
+    """Its bytes are not in the source; what is left goes, and the same command begins anew."""
+    folder = tmp_path / "out"
+    report = export(plain, folder, "bf16")
+    message = rf"the finished export has \d+; delete {folder} or name another"
+    (folder / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{name}: found 0 bytes, {message}"):
+        export(plain, folder, "bf16")
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"{name}: not there, {message}"):
+        export(plain, folder, "bf16")
+    shutil.rmtree(folder)
+    assert export(plain, folder, "bf16")["files"] == report["files"]
+
+
+def test_what_is_written_again_is_what_the_report_says(plain: Path, tmp_path: Path) -> None:
+    report = export(plain, tmp_path, "bf16")
+    report["files"]["tokenizer_config.json"]["sha256"] = "0" * 64
+    (tmp_path / "export.json").write_text(json.dumps(report))
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer_config.json: differs from that of the finished export"):
         export(plain, tmp_path, "bf16")
+    assert not (tmp_path / "tokenizer_config.json").exists()
 
 
 def test_a_finished_folder_is_left_clean(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +286,11 @@ def test_another_export_or_other_files_are_not_written_over(plain: Path, ragged:
     (tmp_path / "other" / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match=r"other: found thesis.txt, allowed is a folder that is new or empty"):
         export(plain, tmp_path / "other", "bf16")
+    assert not (tmp_path / "other" / ".lock").exists() and not (tmp_path / "done" / ".lock").exists()
+    (tmp_path / "other" / ".lock").write_text("of another program")
+    with pytest.raises(ValueError, match=r"other: found thesis.txt, allowed is a folder that is new or empty"):
+        export(plain, tmp_path / "other", "bf16")
+    assert (tmp_path / "other" / ".lock").read_text() == "of another program"
     with pytest.raises(ValueError, match="which is the source; allowed is another folder"):
         export(plain, plain, "bf16")
     assert (tmp_path / "other" / "thesis.txt").read_text() == "precious"
@@ -308,6 +364,45 @@ def test_unknown_formats_and_options_are_named(plain: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="source: found .*missing"):
         export(tmp_path / "missing", tmp_path / "out", "bf16")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("format_", "options", "message"),
+    [
+        ("bf16", {"dtype": ["bf16"]}, r"dtype: found \['bf16'\], allowed are bf16, fp16, fp32"),
+        ("bf16", {"dtype": None}, "dtype: found None, allowed are bf16, fp16, fp32"),
+        ("bf16", {"max_shard_bytes": "5GB"}, "max_shard_bytes: found '5GB', allowed is a whole number"),
+        ("bf16", {"max_shard_bytes": True}, "max_shard_bytes: found True, allowed is a whole number"),
+        ("bf16", {"progress": "no"}, "progress: found 'no', allowed are True and False"),
+        ("fp8", {"power_of_two": 1}, "power_of_two: found 1, allowed are True and False"),
+        ("int4", {"method": ["gptq"]}, r"method: found \['gptq'\], allowed are gptq, learned, mse, rtn"),
+        ("int4", {"group_size": 128.0}, "group_size: found 128.0, allowed is a whole number"),
+        ("int4", {"calibration": 5}, "calibration: found 5, allowed is a text"),
+        ("int4", {"calibration_rows": "3"}, "calibration_rows: found '3', allowed is a whole number"),
+        ("int4", {"seed": True}, "seed: found True, allowed is a whole number"),
+        ("int8", {"targets": ["experts"]}, r"targets: found \['experts'\], allowed are experts, linears"),
+        ("nf4", {"targets": {}}, "targets: found {}, allowed are experts, linears"),
+        ("bnb-int8", {"targets": 3}, "targets: found 3, allowed are experts, linears"),
+        ("gguf", {"quantization": ["Q8_0"]}, r"quantization: found \['Q8_0'\], allowed is a text"),
+        ("gguf", {"mtp": "false"}, "mtp: found 'false', allowed are True and False"),
+    ],
+)
+def test_options_of_another_type_are_named(
+    plain: Path, tmp_path: Path, format_: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(plain, tmp_path / "out", format_, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_of_export_are_no_options_of_a_format() -> None:
+    """What the command line takes from its user to pass on by name."""
+    for name in ("adapter", "progress", "max_shard_bytes", "source", "format"):
+        with pytest.raises(ValueError, match=f"options: found {name}, allowed are dtype"):
+            format_options("bf16", {name: "x"})
+    with pytest.raises(ValueError, match="format: found 'awq', allowed are bf16, fp8"):
+        format_options("awq", {})
+    assert format_options("int4", {"method": "rtn"}).method == "rtn"
 
 
 def test_the_report_says_what_is_on_the_disk(ragged: Path, tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepseek_v3 import DeepseekV3ForSequenceClassification
+from deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from deepseek_v3.evaluation import speed
-from deepseek_v3.export import export
+from deepseek_v3.export import Source, export
+from deepseek_v3.export import verify as verify_module
 from deepseek_v3.export.verify import DEFAULTS, Thresholds, verify, verify_table
+from deepseek_v3.finetuning import apply_lora
+from deepseek_v3.tokenization import train_tokenizer
 from tests.evaluation.helpers import tiny_tokenizer, write_checkpoint, write_text
 from tests.modeling_deepseek_v3.helpers import build, tiny_config
 
@@ -130,6 +133,15 @@ def test_a_weight_that_fp8_may_not_touch_fails(folder: Path, tmp_path: Path) -> 
     assert report["tensors"]["router"]["largest_tensor"] == "model.layers.1.mlp.gate.weight"
 
 
+def test_a_reference_with_a_nan_is_refused(folder: Path, tmp_path: Path) -> None:
+    name = "model.layers.2.mlp.experts.3.up_proj.weight"
+    reference = change(folder, tmp_path, name, lambda w: w.index_fill(0, torch.tensor(0), torch.nan))
+    with pytest.raises(ValueError, match=f"{name} of the reference: found numbers that are not finite"):
+        verify(folder / "fp8", reference)
+    with pytest.raises(ValueError, match=f"{name} of the reference"):
+        verify(reference, reference)
+
+
 def test_a_nan_is_named_and_no_logits_are_compared(folder: Path, tmp_path: Path) -> None:
     name = "model.layers.2.mlp.experts.3.up_proj.weight"
     report = check(folder, change(folder, tmp_path, name, lambda w: w.index_fill(0, torch.tensor(0), torch.nan)))
@@ -166,14 +178,81 @@ def test_a_lost_field_of_the_configuration_fails(folder: Path, tmp_path: Path) -
     assert "config: topk_group is 4, was 2" in failures
 
 
-def test_a_classifier_is_compared_by_its_tensors(tmp_path: Path) -> None:
-    model = build(tiny_config(vocab_size=300, num_labels=2), DeepseekV3ForSequenceClassification)
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "fp8", "fp8", progress=False)
-    report = verify(tmp_path / "fp8", tmp_path / "model")
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that has no logits to compare, which takes most of the time."""
+    folder = tmp_path_factory.mktemp("classifier")
+    config = tiny_config(vocab_size=300, num_labels=2, moe_intermediate_size=32)
+    model = build(config, DeepseekV3ForSequenceClassification)
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    export(folder / "model", folder / "fp8", "fp8", progress=False)
+    export(folder / "model", folder / "int4", "int4", method="rtn", group_size=32, progress=False)
+    export(folder / "model", folder / "int8", "int8", progress=False)
+    return folder
+
+
+def test_a_classifier_is_compared_by_its_tensors(classifier: Path) -> None:
+    report = verify(classifier / "fp8", classifier / "model")
     assert report["failures"] == [] and "kl" not in report and report["tensors"]["head"]["parameters"] == 128
     assert "bytes" in verify_table(report)
+
+
+def test_one_destroyed_tensor_fails_and_is_named(classifier: Path, tmp_path: Path) -> None:
+    """Of 48 it changes the error of their kind by little."""
+    shutil.copytree(classifier / "int4", tmp_path / "int4")
+    file, name = tmp_path / "int4" / "model.safetensors", "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors = load_file(file)
+    save_file({**tensors, f"{name}_scale": torch.zeros_like(tensors[f"{name}_scale"])}, file, {"format": "pt"})
+    report = verify(tmp_path / "int4", classifier / "model")
+    assert 0.15 < report["tensors"]["routed experts"]["relative_error"] < 0.2 == DEFAULTS["int4"].relative_error
+    assert report["failures"] == [f"routed experts: relative error 1 of {name}, at most 0.5"]
+    assert verify(classifier / "int4", classifier / "model")["failures"] == []
+
+
+@pytest.mark.parametrize("form", ["int4", "int8"])
+@pytest.mark.parametrize("stated", [None, "mixed-precision"])
+def test_compressed_tensors_that_state_no_single_format(
+    classifier: Path, tmp_path: Path, form: str, stated: str | None
+) -> None:
+    shutil.copytree(classifier / form, tmp_path / form)
+    config = json.loads((tmp_path / form / "config.json").read_text())
+    config["quantization_config"]["format"] = stated
+    (tmp_path / form / "config.json").write_text(json.dumps(config))
+    report = verify(tmp_path / form, classifier / "model")
+    assert report["format"] == form and report["failures"] == []
+
+
+def test_the_folder_that_one_stands_in_has_a_name(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(classifier / "fp8")
+    report = verify(".", "../model/.")
+    assert report["export"] == "fp8" and report["against"] == "model"
+
+
+def test_text_is_cut_by_the_tokenizer_that_goes_along(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter's own, where the base has another one or none."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(folder / "model", base)
+    train_tokenizer(["nothing of the kind"] * 9, 280).save_pretrained(base)
+    apply_lora(DeepseekV3ForCausalLM.from_pretrained(base), ["attention"], rank=2).save_pretrained(adapter)
+    tiny_tokenizer().save_pretrained(adapter)
+    monkeypatch.setattr(verify_module, "_compare_models", lambda *arguments: {})
+    expected = check(folder, "bf16")["text"]
+    for _ in range(2):
+        report = verify(folder / "bf16", adapter, text=str(folder / "text"), rows=8, length=32)
+        assert report["failures"] == [] and report["text"] == expected
+        (base / "tokenizer.json").unlink(missing_ok=True)
+
+
+def test_a_reference_without_a_tokenizer_is_named_at_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    monkeypatch.setattr(Source, "read", None)
+    with pytest.raises(ValueError, match=f"{tmp_path}/model: found no tokenizer.json, which the comparison of logits"):
+        verify(folder / "bf16", tmp_path / "model")
 
 
 def test_the_table_holds_every_figure(folder: Path) -> None:

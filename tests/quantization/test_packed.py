@@ -51,12 +51,14 @@ def test_every_expert_is_what_bitsandbytes_makes_of_it(matrix, dtype, double_qua
     for expert in range(3):
         packed, state = reference(experts[expert], double_quant)
         expected = dequantized(packed, state)
-        ours, our_state = weight.expert_state(expert)
-        assert torch.equal(ours, packed)
-        theirs = state.as_dict(packed=True)
-        for name, part in our_state.as_dict(packed=True).items():
-            assert torch.equal(part, theirs.pop(name)), name
-        assert not theirs
+        parts = {"packed": packed.flatten(), "absmax": state.absmax}
+        if double_quant:
+            nested = state.state2
+            parts |= {"nested_absmax": nested.absmax, "nested_code": nested.code, "offset": state.offset}
+        assert parts.keys() == weight.state_dict().keys()
+        for name, part in parts.items():
+            ours = getattr(weight, name)
+            assert torch.equal(ours if name == "nested_code" else ours[expert], part), name
         assert torch.equal(wide[expert], expected) and torch.equal(weight[expert], dense[expert])
         assert torch.equal(dense[expert], expected.to(dtype))
         if matrix[1] % 64 == 0:
