@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from ..configuration.local_paths import public_name
 from ..data import Corpus, batch_indices, load_corpus, pack_documents, sample_order, tokenize_documents
 from ..tokenization import DeepseekV3Tokenizer
 from .healing import HeldoutText, heal, heldout_bits_per_byte
@@ -58,15 +59,19 @@ def convert(
     Returns:
         What `conversion.json` holds: `bits_per_byte` of the source, the converted and the healed model on each
         held-out text (the first 20,480 tokens, or all if it has fewer), all three in bf16, and the healing's record.
+        Of local paths it holds the names.
 
     Raises:
-        ValueError: see `load_source`, `convert_llama`, `load_corpus`; an output folder that is not empty.
+        ValueError: see `load_source`, `convert_llama`, `load_corpus`; an output folder that is not empty, or two texts
+            of one name.
     """
     folder = Path(output)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"output: found {str(folder)!r}, allowed a folder that does not exist yet, or is empty")
     if heldout is not None and len(heldout) != len(data):
         raise ValueError(f"heldout: found {len(heldout)} texts, allowed one for each of the {len(data)} in data")
+    names = _names("data", data)
+    heldout_names = names if heldout is None else _names("heldout", heldout)
     corpora = [
         load_corpus(text, heldout=None if heldout is None else heldout[i], text_field=text_field)
         for i, text in enumerate(data)
@@ -77,7 +82,7 @@ def convert(
     train = pack_documents(_train_tokens(corpora, tokenizer), sequence_length, **ids)
     texts = {
         name: HeldoutText.of(corpus, tokenizer, HELDOUT_TOKENS, sequence_length)
-        for name, corpus in zip(heldout or data, corpora, strict=True)
+        for name, corpus in zip(heldout_names, corpora, strict=True)
     }
 
     rows = batch_indices(len(train), 0, min(len(train), -(-CALIBRATION_TOKENS // sequence_length)), seed)
@@ -95,8 +100,8 @@ def convert(
     measured = {"source": original, "converted": converted}
     figures = {name: {k: heldout_bits_per_byte(m, text) for k, m in measured.items()} for name, text in texts.items()}
     report: dict[str, Any] = {
-        "source": str(source),
-        "data": {name: corpus.sha256 for name, corpus in zip(data, corpora, strict=True)},
+        "source": public_name(str(source)),
+        "data": {name: corpus.sha256 for name, corpus in zip(names, corpora, strict=True)},
         "calibration_tokens": len(rows) * sequence_length,
         "heldout": {name: {"tokens": text.tokens, "bytes": text.n_bytes} for name, text in texts.items()},
         "bits_per_byte": figures,
@@ -111,6 +116,14 @@ def convert(
             figures[name]["healed"] = heldout_bits_per_byte(converted, text)
         _write(report, folder)
     return report
+
+
+def _names(field: str, texts: Sequence[str]) -> list[str]:
+    """What the report calls the texts: without their paths, for it is published."""
+    names = [public_name(str(text)) for text in texts]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{field}: found a second text called {twice[0]!r}, allowed is one")
+    return names
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> DeepseekV3Tokenizer:

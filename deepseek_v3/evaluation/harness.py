@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
@@ -32,11 +33,9 @@ def harness_results(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError(f"tasks of lm-evaluation-harness need lm-eval: pip install lm-eval ({error})") from error
-    import yaml
-
     files = {name: Path(name) for name in names if Path(name).suffix in (".yaml", ".yml")}
     manager = TaskManager(include_path=sorted({str(file.parent) for file in files.values()}) or None)
-    chosen = [yaml.safe_load(files[name].read_text())["task"] if name in files else name for name in names]
+    chosen = [name_in(files[name]) if name in files else name for name in names]
     if unknown := [name for name in chosen if name not in manager.all_tasks]:
         raise ValueError(f"lm-eval: no task {', '.join(unknown)} among its {len(manager.all_tasks)}")
     harness = HFLM(pretrained=model, tokenizer=tokenizer)
@@ -50,6 +49,32 @@ def harness_results(
             **_metrics(metrics),
         }
     return results
+
+
+class _Loader(yaml.SafeLoader):
+    """Takes what has a tag, such as lm-eval's `!function`, for nothing."""
+
+
+_Loader.add_multi_constructor("!", lambda loader, tag, node: None)
+
+
+def name_in(file: Path) -> str:
+    """The name of the task or group in a YAML file, whose functions are not loaded.
+
+    Raises:
+        ValueError: no YAML, or no name.
+    """
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: found {type(content).__name__}, allowed is an object with a task or a group")
+    found = [content.get(key) for key in ("task", "group")]  # a group's task is the list of its tasks
+    names = [name for name in found if isinstance(name, str)]
+    if not names:
+        raise ValueError(f"{file}: found no name of a task or a group, only {', '.join(map(str, content))}")
+    return names[0]
 
 
 def _metrics(metrics: dict[str, Any]) -> dict[str, dict[str, float | None]]:

@@ -1,7 +1,8 @@
 """`evaluate`: every figure of a checkpoint, in one record that a model card can read."""
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..configuration import DeepseekV3Config, num_parameters
-from ..durable import write_json
+from ..configuration.local_paths import public_name
+from ..durable import file_sha256, write_json
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
+from ..modeling_deepseek_v3.weight_files import read_json, scan_folder
 from ..process import environment, say
 from .harness import harness_results
 from .speed import mtp_acceptance, peak_memory_bytes, throughput
-from .text import LENGTH, TextRows, read_text, text_anchors, text_results, text_rows
+from .text import LENGTH, TextRows, check_count, read_text, text_anchors, text_results, text_rows
 
 RECORD = "evaluation.json"
 
@@ -31,69 +34,126 @@ def evaluate(
     anchors: bool = True,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure a checkpoint and write `evaluation.json` into its folder.
+    """Measure a checkpoint and write `evaluation.json` into its folder, beside the figures that it already has there.
+
+    Figures of other weights are not kept. Those that are not finite are left out.
 
     Args:
         checkpoint: a folder in any format that `from_pretrained` loads; a language model or a sequence classifier.
         text: sources of `evaluation.read_text`; a language model without any gets ``stdlib``.
         tasks: as `evaluation.tasks.task_results` takes them (needs the extras `train` and `peft`).
         lm_eval_tasks: as `evaluation.harness.harness_results` takes them (needs the extra `eval`).
-        limit: at most this many rows of each text and each split of a task, drawn by `seed`.
+        limit: at most this many rows of each text, drawn by `seed`, and of each split of a task.
         length: tokens per row of a text.
         anchors: also measure what the model has to beat: gzip, a 5-gram model, classical baselines.
 
     Returns:
-        The record, JSON-ready: `text`, `tasks`, `lm_eval` (name -> figures with `n` and interval), `throughput`,
-        `peak_memory_bytes`, `parameters`, `environment`.
+        The record, JSON-ready: `text`, `tasks`, `lm_eval` (name -> figures with `n` and interval), `files` (SHA-256 of
+        the weights' files), `parameters`, and of this call `throughput`, `peak_memory_bytes`, `environment`, `date`.
 
     Raises:
-        ValueError: no such folder, an adapter, text or harness tasks for a classifier, a task that does not fit.
+        ValueError: no such folder, an adapter, text or harness tasks for a classifier, a task that does not fit, two
+            sources of one name, a `limit` below 1, weights that are not finite; after the rest is written, figures
+            that are not.
     """
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
         kind = "an adapter: merge it first" if (folder / "adapter_config.json").is_file() else "no checkpoint"
         raise ValueError(f"{folder}: {kind}; allowed is a folder with config.json and weights")
+    check_count("limit", limit)
+    named: dict[str, str] = {}
+    for task in tasks:
+        _add(named, "task", task, public_name(task.partition("=")[0]), task)
     logging.disable_progress_bar()
     config = DeepseekV3Config.from_pretrained(folder)
     classifier = "DeepseekV3ForSequenceClassification" in (config.architectures or ())
     if classifier and (text or lm_eval_tasks):
         raise ValueError(f"{folder}: a classifier; text and lm-eval tasks need a language model")
+    record = _begin(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cls = DeepseekV3ForSequenceClassification if classifier else DeepseekV3ForCausalLM
     model = cls.from_pretrained(folder, device_map={"": device}).eval()
+    _check_finite(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
 
-    record: dict[str, Any] = {"checkpoint": folder.name, "seed": seed, "limit": limit}
-    record |= {"text": {}, "tasks": {}, "lm_eval": {}}
     scored: dict[str, TextRows] = {}
     for source in () if classifier else text or ("stdlib",):
         rows = text_rows(read_text(source), tokenizer, min(length, config.max_position_embeddings), limit, seed)
-        if rows.text.name in scored:
-            raise ValueError(f"text {source!r}: found a second one called {rows.text.name!r}; allowed is one")
-        say(f"text {source}: {len(rows.chosen)} rows")
-        results = {**text_results(model, rows), "mtp_acceptance": mtp_acceptance(model, rows.prompts())}
-        record["text"][rows.text.name] = results
-        scored[rows.text.name] = rows
+        _add(scored, "text", source, rows.text.name, rows)
+    found: dict[str, dict[str, Any]] = {"text": {}, "tasks": {}, "lm_eval": {}}
+    for name, rows in scored.items():
+        say(f"text {name}: {len(rows.chosen)} rows")
+        acceptance = mtp_acceptance(model, rows.prompts())
+        found["text"][name] = {**text_results(model, rows), "seed": seed, "mtp_acceptance": acceptance}
     if scored:
         record["throughput"] = throughput(model, next(iter(scored.values())).prompts(1)[0])
         record["peak_memory_bytes"] = peak_memory_bytes(device)  # the model's; the anchors' comes after it
     for name, rows in scored.items() if anchors else ():
-        record["text"][name]["anchors_bits_per_byte"] = text_anchors(rows, tokenizer)
+        found["text"][name]["anchors_bits_per_byte"] = text_anchors(rows, tokenizer)
     if tasks:
         from .tasks import task_results  # needs peft and scikit-learn
 
-        for name in tasks:
-            say(f"task {name}")
-            called = name.partition("=")[0]
-            record["tasks"][Path(called).name] = task_results(model, tokenizer, name, limit=limit, anchors=anchors)
+        for name, task in named.items():
+            say(f"task {task}")
+            found["tasks"][name] = task_results(model, tokenizer, task, limit=limit, anchors=anchors)
     if lm_eval_tasks:
-        record["lm_eval"] = harness_results(model, tokenizer, lm_eval_tasks, limit)
-    record.setdefault("peak_memory_bytes", peak_memory_bytes(device))
+        found["lm_eval"] = harness_results(model, tokenizer, lm_eval_tasks, limit)
+    if not scored:
+        record["peak_memory_bytes"] = peak_memory_bytes(device)
     counted = num_parameters(config)  # packed weights count as what they stand for
     further = sum(p.numel() for p in model.score.parameters()) - counted.head if classifier else counted.mtp
     record["parameters"] = counted.total + further
     record |= {"environment": environment(device), "date": time.strftime("%Y-%m-%d")}
+    left_out = _take(record, found)
     write_json(folder / RECORD, record, allow_nan=False)
+    if left_out:
+        raise ValueError(f"{folder / RECORD}: left out: {'; '.join(left_out)}")
     return record
+
+
+def _add(sources: dict[str, Any], kind: str, source: str, name: str, content: Any) -> None:
+    if name in sources:
+        raise ValueError(f"{kind} {source!r}: found a second one called {name!r}; allowed is one")
+    sources[name] = content
+
+
+def _begin(folder: Path) -> dict[str, Any]:
+    """A record with the figures that were measured before of the same weights."""
+    path, files = folder / RECORD, sorted({entry.file for entry in scan_folder(folder).values()})
+    digests = {file.name: file_sha256(file) for file in files}
+    before: Any = read_json(path) if path.is_file() else None
+    same = isinstance(before, dict) and before.get("files") == digests
+    if before is not None:
+        say(f"{path}: {'adds to the figures of the same weights' if same else 'is not of these weights, begins anew'}")
+    figures = {kind: before.get(kind, {}) if same else {} for kind in ("text", "tasks", "lm_eval")}
+    return {"checkpoint": folder.resolve().name, "files": digests, **figures}
+
+
+def _check_finite(model: torch.nn.Module, folder: Path) -> None:
+    for name, tensor in model.named_parameters():
+        if tensor.element_size() > 1 and not tensor.isfinite().all():  # not of codes, whose figures would tell
+            raise ValueError(f"{folder}: found numbers that are not finite in {name}; nothing was measured")
+
+
+def _take(record: dict[str, Any], found: dict[str, dict[str, Any]]) -> list[str]:
+    """Put the figures `found` into `record`, and say in words what is left out because it is not finite."""
+    left_out = []
+    for kind, every in found.items():
+        for name, results in every.items():
+            if broken := list(_not_finite(results)):
+                left_out.append(f"{kind} {name}: {', '.join(broken)}")
+                continue
+            if record[kind].get(name, results).get("sha256") != results.get("sha256"):
+                say(f"{kind} {name}: replaces the figures of other data of this name")
+            record[kind][name] = results
+    return left_out
+
+
+def _not_finite(results: Any, name: str = "") -> Iterator[str]:
+    if isinstance(results, dict | list):
+        for key, value in results.items() if isinstance(results, dict) else enumerate(results):
+            yield from _not_finite(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(results, float) and not math.isfinite(results):
+        yield f"{name} is {results}"

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..configuration.local_paths import public_name
 from ..finetuning.baselines import classification_baselines
 from ..finetuning.evaluate import classification_results, evaluate_task
 from ..finetuning.tasks import TaskData, load_task
@@ -37,7 +38,7 @@ def task_results(
     _check(model, task)
     results: dict[str, Any] = {
         "kind": task.kind,
-        "source": task.source,
+        "source": public_name(task.source),
         "licence": task.licence,
         "sha256": task.sha256,
         "notes": list(task.notes),

@@ -4,13 +4,13 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..configuration.local_paths import public_name
 from ..data import (
     IGNORE_INDEX,
     Document,
@@ -37,6 +37,7 @@ class Text:
     """Documents to score.
 
     Attributes:
+        name: of the source, without a local path: records are published.
         training: what a baseline may learn from: the other split of the same corpus, or nothing.
         sha256: over names and texts of `documents`: equal hashes mean equal text.
     """
@@ -65,13 +66,11 @@ def read_text(source: str) -> Text:
     if source == "stdlib" or source.startswith(HELDOUT_PREFIX):
         corpus = load_corpus(source.removeprefix(HELDOUT_PREFIX))
         name, documents, training, licence = corpus.name, corpus.heldout, corpus.train, corpus.licence
-        name = f"{name}, held-out split"
+        name = f"{public_name(name)}, held-out split"
     elif source.startswith(DATASETS_PREFIX):
-        (documents, licence), name = read_datasets(source, "text"), source
+        (documents, licence), name = read_datasets(source, "text"), public_name(source)
     else:
-        documents, name = read_files(source, "text"), source
-        if Path(source).is_absolute():
-            name = Path(source).name  # records are published
+        documents, name = read_files(source, "text"), public_name(source)
     documents = [document for document in documents if document.text.strip()]
     if not documents:
         raise ValueError(f"text {source!r}: no document holds any text")
@@ -80,6 +79,12 @@ def read_text(source: str) -> Text:
         for part in (document.name, document.text):
             digest.update(hashlib.sha256(part.encode()).digest())
     return Text(name, documents, training, licence, digest.hexdigest())
+
+
+def check_count(name: str, count: int | None) -> None:
+    """ValueError unless `count` is a whole number from 1, or None for all."""
+    if count is not None and (type(count) is not int or count < 1):
+        raise ValueError(f"{name}: found {count}, allowed are whole numbers from 1")
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,12 @@ class TextRows:
 def text_rows(
     text: Text, tokenizer: PreTrainedTokenizerBase, length: int = LENGTH, rows: int | None = None, seed: int = 0
 ) -> TextRows:
-    """Cut a text into rows of `length` tokens and draw `rows` of them by `seed` (None: all)."""
+    """Cut a text into rows of `length` tokens and draw `rows` of them by `seed` (None: all).
+
+    Raises:
+        ValueError: `rows` below 1.
+    """
+    check_count("rows", rows)
     tokens = list(tokenize_documents((document.text for document in text.documents), tokenizer))
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     dataset = pack_documents(

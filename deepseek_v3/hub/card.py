@@ -1,6 +1,7 @@
 """What the cards share: front matter, tables, a recipe without local paths, and writing nothing that is not valid."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -10,10 +11,11 @@ from string import Template
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration import DeepseekV3Config, num_parameters
+from ..configuration.local_paths import without_paths
+from ..process import say
 from .metadata import read_card
 from .secrets import check_no_secrets
 
@@ -21,8 +23,9 @@ CARD = "README.md"
 RECORD = "run.json"
 # The line in a card's code that names the folder which holds the card; `push` puts the repository's name there.
 HERE = 'repository = "."'
-# of recipes and of what records say of data
-PATH_FIELDS = ("base", "task", "data", "heldout", "tokenizer", "general_text", "name", "source")
+# The last line of a card on the disk, by which `write_card` tells whether it is as it was written.
+_MARK = re.compile(r"\n<!-- written by deepseek-v3; SHA-256 of the card above: [0-9a-f]{64} -->\n")
+_FORM = "\n# Model Card for Model ID\n"  # of the form that PEFT saves with every adapter, until somebody fills it in
 CITATION = """```bibtex
 @misc{deepseekai2024deepseekv3,
   title = {{DeepSeek-V3} Technical Report},
@@ -49,10 +52,30 @@ def render(template: str, where: Path, data: ModelCardData, fields: Mapping[str,
     return card
 
 
-def write_with_record(folder: Path, card: str, record: Mapping[str, Any]) -> Path:
-    """Write the card, and beside it the run's record without local paths; both are published."""
+def write_card(folder: Path, card: str) -> Path:
+    """Write the card with a mark of its content. One that was changed since is kept, which is said."""
     path = folder / CARD
-    path.write_text(card, encoding="utf-8")
+    found = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+    if found.strip() and _FORM not in found and found != _marked(_MARK.sub("", found)):
+        say(f"{path}: is not as it was written here, and is kept; delete it for a new one")
+    else:
+        path.write_text(_marked(card), encoding="utf-8")
+    return path
+
+
+def load_card(path: Path) -> ModelCard:
+    """A card without the mark of `write_card`, which concerns its folder only; ValueError as `read_card`."""
+    return read_card(_MARK.sub("", path.read_text(encoding="utf-8")), str(path))
+
+
+def _marked(card: str) -> str:
+    digest = hashlib.sha256(card.encode()).hexdigest()
+    return f"{card}\n<!-- written by deepseek-v3; SHA-256 of the card above: {digest} -->\n"
+
+
+def write_with_record(folder: Path, card: str, record: Mapping[str, Any]) -> Path:
+    """`write_card`, and beside it the run's record without local paths; both are published."""
+    path = write_card(folder, card)
     (folder / RECORD).write_text(json.dumps(without_paths(record), indent=2) + "\n", encoding="utf-8")
     return path
 
@@ -73,36 +96,6 @@ def better_baselines(metric: str, own: float, baselines: Mapping[str, float], hi
     if not baselines:
         return "No baseline was measured."
     return f"Baselines with better {metric} than this model: {', '.join(better) or 'none'}."
-
-
-def is_repository(name: str) -> bool:
-    """Whether `name` reads as a Hub repository and is nothing on this disk."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name and not Path(name).exists()
-
-
-def public_name(value: str) -> str:
-    """A local path's last part; anything else as it is."""
-    path = re.fullmatch(r"\s*([~.]?[/\\].*|[A-Za-z]:[/\\].*|[^\s:]+[/\\][^\s]*)\s*", value)
-    if not path or is_repository(value):
-        return value
-    return re.split(r"[/\\]", value.strip().rstrip("/\\"))[-1]
-
-
-def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`record` with `public_name` in the fields that may hold a path, and without `output_dir`."""
-    found: dict[str, Any] = {}
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            found[name] = without_paths(value)
-        elif name in PATH_FIELDS and isinstance(value, str):
-            found[name] = " | ".join(map(public_name, value.split(" | ")))  # training and held-out text
-        elif name != "output_dir":
-            found[name] = value
-    return found
 
 
 def recipe_block(recipe: Mapping[str, Any]) -> str:

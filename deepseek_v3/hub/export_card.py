@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..configuration.local_paths import public_name
 from ..modeling_deepseek_v3.weight_files import read_json
 from .card import (
     CARD,
@@ -15,14 +16,14 @@ from .card import (
     Measured,
     architecture,
     grid,
-    public_name,
+    load_card,
     read_config,
     render,
     results,
     software,
     table,
+    write_card,
 )
-from .metadata import read_card
 
 FORMATS = {
     "bf16": "official layout, {dtype}",
@@ -34,6 +35,12 @@ FORMATS = {
     "gguf": "GGUF {quantization}, architecture deepseek2",
 }
 AS_IT_WAS = "bf16"  # the one format that quantizes nothing
+# head of the architecture -> auto class and task
+HEADS = {
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+}
 Figure = Mapping[str, Any]
 
 
@@ -44,7 +51,8 @@ def write_export_card(
     base_model: str | None = None,
     weights_licence: str | None = None,
 ) -> Path:
-    """Write `README.md` for the export in `folder`, which holds `export.json` and `verify.json`.
+    """Write `README.md` for the export in `folder`, which holds `export.json` and `verify.json`. One that was
+    changed is kept.
 
     Args:
         source: the folder that it was made from; its card, if there is one, gives the licence, the limitations and,
@@ -54,26 +62,25 @@ def write_export_card(
         weights_licence: None takes that of the source's card.
 
     Raises:
-        ValueError: a record is missing or lacks a field that the card states (named).
+        ValueError: `folder` is no export that was verified, or a record lacks a field that the card states (named).
     """
     folder = Path(folder)
     report, verified = _record(folder, "export.json", "export"), _record(folder, "verify.json", "verify")
     card = Path(source or "", CARD)
-    original = read_card(card.read_text(encoding="utf-8"), str(card)) if source and card.is_file() else None
+    original = load_card(card) if source and card.is_file() else None
     if original is not None:
         weights_licence = weights_licence or original.data.get("license")
     try:
-        data = _front_matter(report, verified, base_model, weights_licence, original)
-        fields = _fields(folder, report, verified) | {
+        auto, task = _head(folder)
+        data = _front_matter(report, verified, task, base_model, weights_licence, original)
+        fields = _fields(folder, report, verified, auto) | {
             "base": base_model or report["source"]["name"],
             "limitations": _limitations(original),
             "licence": f"Weights: {weights_licence or 'as those of the original'}.",
         }
     except KeyError as error:
         raise ValueError(f"model card of {folder}: export.json and verify.json have no field {error}") from None
-    path = folder / CARD
-    path.write_text(render("export_card.md", folder, data, fields), encoding="utf-8")
-    return path
+    return write_card(folder, render("export_card.md", folder, data, fields))
 
 
 def _record(folder: Path, name: str, command: str) -> dict[str, Any]:
@@ -85,9 +92,22 @@ def _record(folder: Path, name: str, command: str) -> dict[str, Any]:
     return record
 
 
+def _head(folder: Path) -> tuple[str, str]:
+    """The auto class that loads the export, and what it is for."""
+    if not (folder / "config.json").is_file():  # a GGUF file holds its own
+        return HEADS["ForCausalLM"]
+    architectures = read_config(folder).architectures
+    for head, found in HEADS.items():
+        if architectures and architectures[0].endswith(head):
+            return found
+    allowed = ", ".join(f"...{head}" for head in HEADS)
+    raise ValueError(f"{folder / 'config.json'}: architectures is {architectures!r}, allowed is one of {allowed}")
+
+
 def _front_matter(
     report: Mapping[str, Any],
     verified: Mapping[str, Any],
+    task: str,
     base_model: str | None,
     weights_licence: str | None,
     original: Any,
@@ -104,7 +124,7 @@ def _front_matter(
         entries = results("text-generation", public_name(text["name"]), "held-out", text["sha256"], measured)
     data = ModelCardData(
         library_name="gguf" if gguf else "transformers",
-        pipeline_tag="text-generation" if original is None else original.data.get("pipeline_tag"),
+        pipeline_tag=task,
         license=weights_licence,
         base_model=base_model,
         tags=["deepseek_v3", "mixture-of-experts", report["format"]],
@@ -127,7 +147,7 @@ def _title(report: Mapping[str, Any]) -> str:
     return f"{name}, {report['format']}"
 
 
-def _fields(folder: Path, report: Mapping[str, Any], verified: Mapping[str, Any]) -> dict[str, str]:
+def _fields(folder: Path, report: Mapping[str, Any], verified: Mapping[str, Any], auto: str) -> dict[str, str]:
     options, quantized, form = report["options"], report["quantized"], report["format"]
     what = FORMATS[form].format_map(options)
     rows = {
@@ -153,7 +173,7 @@ def _fields(folder: Path, report: Mapping[str, Any], verified: Mapping[str, Any]
     return {
         "title": _title(report),
         "what": what[0].upper() + what[1:],
-        "usage": _usage(folder, report),
+        "usage": _usage(report, auto),
         "format": table(rows),
         "architecture": shape,
         "fidelity": _fidelity(verified),
@@ -166,20 +186,18 @@ def _fields(folder: Path, report: Mapping[str, Any], verified: Mapping[str, Any]
     }
 
 
-def _usage(folder: Path, report: Mapping[str, Any]) -> str:
+def _usage(report: Mapping[str, Any], auto: str) -> str:
     if report["format"] == "gguf":
         name = sorted(name for name in report["files"] if name.endswith(".gguf"))[0]
         return f'```bash\nllama-cli --model {name} --prompt "def main("\n```'
-    classifies = "ForSequenceClassification" in str(read_config(folder).architectures)
-    auto = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
     lines = ["import deepseek_v3", f"from transformers import {auto}, AutoTokenizer", "", HERE]
     lines += [f"model = {auto}.from_pretrained(repository)"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(repository)"]
     lines += ['inputs = tokenizer("def main(", return_tensors="pt", return_token_type_ids=False)']
-    if classifies:
-        lines += ["print(model(**inputs).logits)"]
-    else:
+    if auto == "AutoModelForCausalLM":
         lines += ["print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"]
+    else:
+        lines += ["print(model(**inputs).logits)"]
     code = "\n".join(lines)
     return f"```python\n{code}\n```"
 

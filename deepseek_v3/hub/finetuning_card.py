@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..configuration.local_paths import is_repository, without_paths
 from .card import (
     CARD,
     CITATION,
@@ -14,17 +15,15 @@ from .card import (
     architecture,
     better_baselines,
     grid,
-    is_repository,
+    load_card,
     read_config,
     recipe_block,
     render,
     results,
     software,
     table,
-    without_paths,
     write_with_record,
 )
-from .metadata import read_card
 
 FIGURES = {
     "accuracy": "accuracy",
@@ -57,6 +56,7 @@ def write_finetuning_cards(
     weights_licence: str | None = None,
 ) -> list[Path]:
     """Write `README.md` and `run.json` into those of `output`'s `adapter/`, `merged/`, `model/` that the record names.
+    A `README.md` that was changed is kept.
 
     Args:
         record: what `finetuning.finetune` returned.
@@ -168,7 +168,7 @@ def _fields(artifact: str, record: Mapping[str, Any], base_model: str | None) ->
 
 def _licence_of(base: Path) -> str | None:
     card = base / CARD
-    return read_card(card.read_text(encoding="utf-8"), str(card)).data.get("license") if card.is_file() else None
+    return load_card(card).data.get("license") if card.is_file() else None
 
 
 def _data_licence(task: Mapping[str, Any]) -> str:

@@ -10,6 +10,8 @@ from ..modeling_deepseek_v3.checkpoint import check_tensors
 from ..modeling_deepseek_v3.weight_files import INDEX_NAME, read_header, read_json, scan_folder
 from .card import CARD, RECORD
 
+EXPORT, VERIFIED = "export.json", "verify.json"
+RECORDS = (RECORD, "conversion.json", EXPORT, VERIFIED, "evaluation.json")
 # Published if they are there, beside the weights. No pickles, no training arguments, no optimizer states.
 ALLOWED = frozenset(
     {
@@ -17,10 +19,13 @@ ALLOWED = frozenset(
         *("config.json", "generation_config.json", ADAPTER_CONFIG),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
         *("vocab.json", "merges.txt", "chat_template.jinja"),
-        *(RECORD, "conversion.json", "export.json", "verify.json", "evaluation.json"),
+        *RECORDS,
         *("load.png", "loss.png", "samples.txt"),
     }
 )
+TEMPLATES = "additional_chat_templates"  # a folder; of it, what ends in .jinja
+# left by a command that was stopped while it wrote a record; the record itself is whole, or not there
+_UNFINISHED_RECORDS = {f"{name}.partial" for name in RECORDS if name != EXPORT}
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,16 @@ def read_folder(folder: Path) -> Publication:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: is not a folder")
-    if unfinished := sorted(path.name for path in (*folder.glob("*.partial"), *folder.glob(".export.json"))):
-        raise ValueError(f"{folder / unfinished[0]}: the export is not finished; the same export command goes on")
-    kind, weights = _weights(folder)
     names = sorted(path.name for path in folder.iterdir())
-    chosen = {name: folder / name for name in names if name in ALLOWED or name in weights}
+    if (folder / TEMPLATES).is_dir():
+        names.remove(TEMPLATES)
+        names += sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).iterdir())
+    unfinished = {name for name in names if name == ".export.json" or name.endswith(".partial")} - _UNFINISHED_RECORDS
+    if unfinished:
+        raise ValueError(f"{folder / min(unfinished)}: the export is not finished; the same export command goes on")
+    kind, weights = _weights(folder)
+    allowed = ALLOWED | weights
+    chosen = {name: folder / name for name in names if name in allowed or Path(name).match(f"{TEMPLATES}/*.jinja")}
     for path in chosen.values():
         if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path}: leads to {path.resolve()}; only files in the folder itself are published")
@@ -61,7 +71,7 @@ def read_folder(folder: Path) -> Publication:
 def _weights(folder: Path) -> tuple[Literal["adapter", "quantized", "checkpoint"], set[str]]:
     """The kind of the folder and the names of its files of weights."""
     if (folder / ADAPTER_CONFIG).exists():
-        _read_object(folder / ADAPTER_CONFIG)
+        read_object(folder / ADAPTER_CONFIG)
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise ValueError(f"{folder}: has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
         read_header(folder / ADAPTER_WEIGHTS)
@@ -71,7 +81,7 @@ def _weights(folder: Path) -> tuple[Literal["adapter", "quantized", "checkpoint"
         if unknown:
             raise ValueError(f"{folder / unknown[0]}: export.json beside it does not say whether it is whole")
         return "quantized", gguf
-    raw = _read_object(folder / "config.json")
+    raw = read_object(folder / "config.json")
     entries = scan_folder(folder)
     quantization = raw.get("quantization_config")
     if quantization is None:
@@ -86,7 +96,7 @@ def _weights(folder: Path) -> tuple[Literal["adapter", "quantized", "checkpoint"
     return "checkpoint" if quantization is None else "quantized", names
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: not found; a folder to publish holds config.json, {ADAPTER_CONFIG} or a GGUF file")
     content = read_json(path)
@@ -101,10 +111,10 @@ def recorded_hashes(folder: Path) -> dict[str, str]:
     Raises:
         ValueError: `export.json` is no such report.
     """
-    path = folder / "export.json"
+    path = folder / EXPORT
     if not path.exists():
         return {}
     try:
-        return {name: file["sha256"] for name, file in _read_object(path)["files"].items()}
+        return {name: file["sha256"] for name, file in read_object(path)["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is no report of an export ({type(error).__name__}: {error})") from None

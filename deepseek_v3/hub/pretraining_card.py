@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..configuration.local_paths import without_paths
 from .card import (
     CITATION,
     HERE,
@@ -20,7 +21,6 @@ from .card import (
     results,
     software,
     table,
-    without_paths,
     write_with_record,
 )
 
@@ -29,7 +29,8 @@ NAMES = {"gzip": "gzip -9", "5-gram": "5-gram (Kneser-Ney, same tokens)", "dense
 
 def write_pretraining_card(folder: str | Path, record: Mapping[str, Any], weights_licence: str = "apache-2.0") -> Path:
     """Write `README.md` (and `run.json`, `load.png`) for the checkpoint in `folder`, from what `training.pretrain`
-    returned. `evaluation.json`, if `deepseek-v3 evaluate` left one in `folder`, adds figures with intervals.
+    returned. `evaluation.json`, if `deepseek-v3 evaluate` left one in `folder`, adds figures with intervals. A
+    `README.md` that was changed is kept.
 
     Raises:
         ValueError: the record lacks a field that the card states (named), `config.json` cannot be read, or the run's
@@ -40,7 +41,7 @@ def write_pretraining_card(folder: str | Path, record: Mapping[str, Any], weight
     record = without_paths(record)
     evaluation = folder / "evaluation.json"
     try:
-        measured = json.loads(evaluation.read_text())["text"] if evaluation.exists() else {}
+        measured = without_paths(json.loads(evaluation.read_text()))["text"] if evaluation.exists() else {}
         data = _front_matter(record, measured, weights_licence)
         shape = table(architecture(config, record["parameters"]))
         fields = _fields(folder, record, measured) | {"architecture": shape, "weights_licence": weights_licence}

@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration.adapter_file import ADAPTER_CONFIG
-from .card import CARD, HERE
-from .folder import Publication, read_folder, recorded_hashes
+from ..configuration.local_paths import without_paths
+from .card import CARD, HERE, load_card
+from .folder import RECORDS, VERIFIED, Publication, read_folder, read_object, recorded_hashes
 from .metadata import base_models, read_card
 from .remote import Content, Remote, different
 from .secrets import check_no_secrets
@@ -61,10 +63,11 @@ def push(
 ) -> PushResult:
     """Publish a checkpoint, an adapter or an export, with its card, as a model repository.
 
-    Before anything is sent: the weights must be whole, the card valid, no file may hold a secret or a path of a home
-    folder. Afterwards every file's hash is read back. An interrupted push goes on when it is repeated. `SHA256SUMS`
-    is added. In the uploaded card the code names the repository instead of the folder; an uploaded adapter names
-    `base_model` as its base. The folder itself is not changed.
+    Before anything is sent: the weights must be whole, the card valid and true to `verify.json`, no file may hold a
+    secret or a path of a home folder. Afterwards every file's hash is read back. An interrupted push goes on when it
+    is repeated. `SHA256SUMS` is added. In the uploaded card the code names the repository instead of the folder; in
+    uploaded records names stand for local paths; an uploaded adapter names `base_model` as its base. The folder
+    itself is not changed.
 
     Args:
         folder: with `README.md`; see `hub.folder.ALLOWED` for what is uploaded beside the weights.
@@ -88,19 +91,27 @@ def push(
         raise ValueError(f"{folder}: has no {CARD} (the model card): {HOW_TO_CARD}")
     card = _card(folder / CARD, publication, base_model)
     files: dict[str, Path | bytes] = {**publication.files, CARD: str(card).encode()}
+    for name in RECORDS:
+        if name in publication.files:
+            files[name] = _record(folder / name)
+    if VERIFIED in publication.files:
+        _check_failures_are_said(folder / VERIFIED, card)
     if publication.kind == "adapter":
         files[ADAPTER_CONFIG] = _adapter_config(folder / ADAPTER_CONFIG, base_models(card)[0])
     check_no_secrets(files)
+    recorded = recorded_hashes(folder)
+    if absent := [name for name in recorded if not (folder / name).is_file()]:
+        raise ValueError(f"{folder / absent[0]}: not found, but the export wrote it")
     contents = {name: _hashed(content) for name, content in files.items()}
-    for name, digest in recorded_hashes(folder).items():
+    for name, digest in recorded.items():
         if name in publication.files and (found := contents[name].sha256) != digest:
             raise ValueError(f"{folder / name}: has SHA-256 {found}, but the export wrote {digest}")
 
     remote = Remote(repo_id, revision, token)
-    remote.open(private, create=not create_pr)
     for base in base_models(card):
         if not remote.exists(base):
             raise ValueError(f"{folder / CARD}: base_model is {base}, which is not on the Hub, or not for this token")
+    remote.open(private, create=not create_pr)
     return _publish(remote, card, contents, publication, create_pr, message or f"Upload {folder.resolve().name}")
 
 
@@ -143,7 +154,8 @@ def push_tokenizer(
     """Add a tokenizer's files to a repository, with the same search, retries and comparison as `push`; no card."""
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)
-        paths = {path.name: path for path in sorted(Path(temporary).iterdir())}
+        found = sorted(path for path in Path(temporary).rglob("*") if path.is_file())
+        paths = {path.relative_to(temporary).as_posix(): path for path in found}
         check_no_secrets(paths)
         contents = {name: _hashed(path) for name, path in paths.items()}
         remote = Remote(repo_id, revision, token)
@@ -184,7 +196,7 @@ def _publish(
 
 def _card(path: Path, publication: Publication, base_model: str | None) -> ModelCard:
     """The card as it is uploaded: with `base_model` and the relation to it, which adapters and exports must have."""
-    card = read_card(path.read_text(encoding="utf-8"), str(path))
+    card = load_card(path)
     kinds = {"adapter": "adapter", "quantized": "quantized"}
     needed = kinds.get(publication.kind)
     if base_model is not None:
@@ -205,6 +217,24 @@ def _card(path: Path, publication: Publication, base_model: str | None) -> Model
     return read_card(str(card), str(path))
 
 
+def _record(path: Path) -> Path | bytes:
+    """A record as it is uploaded: without local paths."""
+    record = read_object(path)
+    public = without_paths(record)
+    return path if public == record else (json.dumps(public, indent=2) + "\n").encode()
+
+
+def _check_failures_are_said(path: Path, card: ModelCard) -> None:
+    """A card from before the comparison failed would say that all is well."""
+    said = " ".join(card.text.split())
+    failures = [str(failure) for failure in read_object(path).get("failures") or ()]
+    if hidden := [failure for failure in failures if " ".join(failure.split()) not in said]:
+        raise ValueError(
+            f"{path}: found {len(hidden)} failures that {CARD} does not state, the first: {hidden[0]}; allowed is an "
+            "export without failures, or a card that `deepseek_v3.hub.write_export_card` wrote since"
+        )
+
+
 def _adapter_config(path: Path, base: str) -> bytes:
     """The adapter's configuration with the repository of its base, where it may name a local folder."""
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -223,7 +253,7 @@ def _stale(contents: Mapping[str, Content], there: set[str]) -> list[str]:
     """Weights in the repository that a loader could take for a part of those which are sent."""
 
     def weights(names: set[str]) -> set[str]:
-        return {name for name in names if any(Path(name).match(pattern) for pattern in _WEIGHTS)}
+        return {name for name in names if any(fnmatchcase(name, pattern) for pattern in _WEIGHTS)}
 
     sent = weights(set(contents))
     return sorted(weights(there) - sent) if sent else []

@@ -53,6 +53,8 @@ class Remote:
     """
 
     def __init__(self, repo_id: str, revision: str | None, token: str | None) -> None:
+        if (token or get_token()) is None:
+            raise PermissionError("no token for the Hub: run `hf auth login`, set HF_TOKEN, or pass token=")
         self.api = HfApi(token=token)
         self.repo_id, self.revision = repo_id, revision or "main"
 
@@ -78,8 +80,6 @@ class Remote:
 
         An existing public repository is refused with `private=True`.
         """
-        if (self.api.token or get_token()) is None:
-            raise PermissionError("no token for the Hub: run `hf auth login`, set HF_TOKEN, or pass token=")
         try:
             if create:
                 made = self.ask("creating the repository", lambda: self._create(private))
@@ -111,10 +111,10 @@ class Remote:
         return found.sha
 
     def tree(self, commit: str) -> dict[str, RepoFile]:
-        """Name -> file, of the files at the top of the repository."""
+        """Name -> file; the names of files in folders are their paths."""
 
         def listed() -> dict[str, RepoFile]:
-            entries = self.api.list_repo_tree(self.repo_id, revision=commit)
+            entries = self.api.list_repo_tree(self.repo_id, revision=commit, recursive=True)
             return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
         return self.ask("reading the list of files", listed)

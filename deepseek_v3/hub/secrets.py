@@ -9,7 +9,7 @@ from ..gguf_header import read_header
 
 # Prefixes and lengths as their issuers document them. The kinds are what an error shows; a match never is.
 KINDS: dict[str, bytes] = {
-    "Hugging Face token": rb"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",
+    "Hugging Face token": rb"(?<![A-Za-z0-9])(?:hf|api_org)_(?:[a-z]+_)?[A-Za-z0-9]{30,}",
     "AWS access key": rb"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     "private key": rb"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----",
     "GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{60})",
@@ -18,7 +18,7 @@ KINDS: dict[str, bytes] = {
     "Google API key": rb"\bAIza[0-9A-Za-z_-]{35}",
     "Slack token": rb"\bxox[abposr]-[A-Za-z0-9-]{10}",
     "PyPI token": rb"\bpypi-AgEIcHlwaS5vcmc[A-Za-z0-9_-]{50}",
-    "JSON web token": rb"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10}",
+    "JSON web token": rb"(?<![A-Za-z0-9])eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10}",
     "password in a URL": rb"://[!-.0-9;-?A-~]{1,80}:[!-.0-?A-~]{1,80}@[A-Za-z0-9]",
     "path of a home folder": rb"(?:(?<![\w.~-])/(?:home|Users|root)/|[A-Z]:(?:\\{1,2}|/)Users(?:\\{1,2}|/))[\w.]",
 }

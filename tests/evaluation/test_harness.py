@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek_v3.evaluation.harness import harness_results
+from deepseek_v3.evaluation.harness import harness_results, name_in
 from tests.evaluation.helpers import tiny_model, tiny_tokenizer
 
 CHOICES = ["return x", "import y", "raise z", "del w"]
@@ -54,6 +54,39 @@ def test_a_local_task_scores_as_our_own_likelihoods(tmp_path: Path, monkeypatch:
     assert results["acc"]["value"] == right / 8
     error = math.sqrt(right / 8 * (1 - right / 8) / 7)
     assert results["acc"]["high"] - results["acc"]["value"] == pytest.approx(1.959964 * error, abs=1e-6)
+
+
+def test_the_name_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "task.yaml"
+    for content, name in {
+        "task: mine\nprocess_docs: !function utils.process\n": "mine",
+        "group: ours\ntask:\n  - mine\n  - task: other\n    metric_list: !function utils.x\n": "ours",
+        "class: !function task.Mine\ntask: mine\n": "mine",
+    }.items():
+        file.write_text(content)
+        assert name_in(file) == name
+    for content, problem in {
+        "- a\n": "found list, allowed is an object with a task or a group",
+        "task: [a, b]\n": "found no name of a task or a group",
+        "task: [a\n": "is not YAML",
+    }.items():
+        file.write_text(content)
+        with pytest.raises(ValueError, match=f"task.yaml: {problem}"):
+            name_in(file)
+
+
+def test_functions_and_groups_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    task = write_task(tmp_path)
+    text = json.dumps(json.loads(task.read_text()), indent=2)
+    task.write_text(text.replace('"{{question}}"', "!function utils.question"))
+    (tmp_path / "utils.py").write_text("def question(doc):\n    return doc['question']\n")
+    group = tmp_path / "group.yaml"
+    group.write_text("group: ours\ntask:\n  - local_choices\n")
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    assert harness_results(model, tokenizer, [str(task)], limit=4)["local_choices"]["n"] == 4
+    assert "local_choices" in harness_results(model, tokenizer, [str(group)], limit=4)
 
 
 def test_an_unknown_task_is_named(tmp_path: Path) -> None:

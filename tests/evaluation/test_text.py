@@ -86,3 +86,16 @@ def test_undefined_figures_are_none() -> None:
     assert ratio_of_sums(np.zeros(0), np.zeros(0)) == {"value": None, "low": None, "high": None, "n": 0}
     assert ratio_of_sums(np.ones(3), np.zeros(3))["value"] is None
     assert ratio_of_sums(np.array([3.0]), np.array([2.0])) == {"value": 1.5, "low": None, "high": None, "n": 1}
+
+
+@pytest.mark.parametrize("rows", [0, -1])
+def test_rows_count_from_one(source: str, rows: int) -> None:
+    with pytest.raises(ValueError, match=f"rows: found {rows}, allowed are whole numbers from 1"):
+        text_rows(read_text(source), tiny_tokenizer(), length=32, rows=rows)
+
+
+def test_names_hold_no_path(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(source).parent)
+    names = {f"heldout:{source}": "corpus, held-out split", "heldout:./corpus": "corpus, held-out split"}
+    names |= {source: "corpus", "./corpus/01.txt": "01.txt", "corpus/*.txt": "*.txt"}
+    assert {given: read_text(given).name for given in names} == names

@@ -364,10 +364,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.alter(entry)
         return entry
 
-    def tree(self, kind: str, repo: str, rev: str) -> None:
-        """Of the top folder; the packages' repositories have no other."""
-        if found := self.find(kind, repo, rev):
-            self.reply(200, [self.entry(path, stored) for path, stored in sorted(found[1].files.items())])
+    def tree(self, kind: str, repo: str, rev: str, path: str | None = None) -> None:
+        """The files of a folder, with `recursive` those below too."""
+        if (found := self.find(kind, repo, rev)) is None:
+            return
+        start, recursive = f"{path}/" if path else "", self.query.get("recursive") == ["true"]
+        names = [name for name in sorted(found[1].files) if name.startswith(start)]
+        if path and not names:
+            return self.error(404, "EntryNotFound", "Entry not found")
+        listed = [name for name in names if recursive or "/" not in name.removeprefix(start)]
+        self.reply(200, [self.entry(name, found[1].files[name]) for name in listed])
 
     def refs(self, kind: str, repo: str) -> None:
         if found := self.find(kind, repo):
@@ -411,7 +417,7 @@ ROUTES: tuple[tuple[tuple[str, ...], str, Callable[..., None]], ...] = (
     (("POST",), "/_lfs/verify", _Handler.lfs_verify),
     (("GET", "HEAD"), _API, _Handler.info),
     (("GET", "HEAD"), f"{_API}/revision/{_REV}", _Handler.info),
-    (("GET",), f"{_API}/tree/{_REV}", _Handler.tree),
+    (("GET",), f"{_API}/tree/{_REV}(?:/(?P<path>.+))?", _Handler.tree),
     (("GET",), f"{_API}/refs", _Handler.refs),
     (("GET", "HEAD"), f"/(?:{_KIND}/)?{_REPO}/resolve/{_REV}/(?P<path>.+)", _Handler.resolve),
 )

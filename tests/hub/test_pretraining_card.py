@@ -168,10 +168,12 @@ def test_a_missing_field_is_named(run: tuple[Path, dict[str, Any]], record: dict
     for key in path[:-1]:
         inner = inner[key]
     del inner[path[-1]]
-    (run[0] / "README.md").write_text("the card before")
+    card = run[0] / "README.md"
+    card.write_text("the card before")
     with pytest.raises(ValueError, match=f"record has no field '{path[-1]}'"):
         write_pretraining_card(run[0], record)
-    assert (run[0] / "README.md").read_text() == "the card before"
+    assert card.read_text() == "the card before"
+    card.unlink()
 
 
 def test_a_config_that_cannot_be_used_is_named(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
@@ -219,3 +221,25 @@ def test_the_code_in_the_card_runs(
         monkeypatch.chdir(run[0])
         exec(code, {})
         assert "def main(" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["../clients/acme_bank/q3_report.txt", "heldout:/data/acme_bank/q3_report.txt"])
+def test_no_path_of_a_text_that_was_measured_enters_the_card(
+    run: tuple[Path, dict[str, Any]], record: dict[str, Any], name: str
+) -> None:
+    figure = {"value": 1.25, "low": 1.125, "high": 1.5, "n": 40}
+    text = {"name": name, "sha256": "a" * 64, "length": 128, "bits_per_byte": figure}
+    (run[0] / "evaluation.json").write_text(json.dumps({"text": {name: text}}))
+    card = write_pretraining_card(run[0], record).read_text()
+    (run[0] / "evaluation.json").unlink()
+    assert "acme_bank" not in card and "q3_report.txt" in ModelCard(card).data.eval_results[1].dataset_name
+    assert "q3_report.txt (SHA-256" in card
+
+
+def test_a_changed_card_is_kept_its_record_is_not(run: tuple[Path, dict[str, Any]], record: dict[str, Any]) -> None:
+    path = write_pretraining_card(run[0], record)
+    path.write_text(changed := path.read_text().replace("license: apache-2.0", "license: mit"))
+    record["steps"] = 4
+    assert write_pretraining_card(run[0], record) == path and path.read_text() == changed
+    assert json.loads((run[0] / "run.json").read_text())["steps"] == 4
+    path.unlink()

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_v3.finetuning import apply_lora
 from deepseek_v3.hub import push, push_model, push_tokenizer
+from deepseek_v3.hub.card import write_card
 from tests.finetuning.runs import make_tokenizer
 from tests.hub.conftest import CARD, LEFT_OUT, SECRET
-from tests.hub.fakehub import FakeHub, Fault
+from tests.hub.fakehub import FakeHub, Fault, Stored
 
 
 def local(folder: Path) -> dict[str, bytes]:
@@ -154,6 +155,7 @@ def test_an_adapter_is_loaded_back_on_its_pushed_base(hub: FakeHub, folder: Path
         push(local_adapter, "tester/adapter")
     with pytest.raises(ValueError, match="base_model is tester/model, which is not on the Hub"):
         push(local_adapter, "tester/adapter", base_model="tester/model")
+    assert ("models", "tester/adapter") not in hub.repositories
     push(folder, "tester/model")
     result = push(local_adapter, "tester/adapter", base_model="tester/model")
     assert set(result.files) == {"README.md", "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors"}
@@ -397,6 +399,82 @@ def test_an_unfinished_or_altered_export(hub: FakeHub, folder: Path) -> None:
     shard.write_bytes(content)
     hub.requests.clear()
     refused(hub, folder, f"{shard.name}: has SHA-256 .*, but the export wrote {digest}")
+    files = {name: {"sha256": digest} for name in (shard.name, "additional_chat_templates/tools.jinja")}
+    (folder / "export.json").write_text(json.dumps({"files": files}))
+    refused(hub, folder, "additional_chat_templates/tools.jinja: not found, but the export wrote it")
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "verify.json"])
+def test_a_record_that_was_cut_off_stays_at_home(hub: FakeHub, folder: Path, name: str) -> None:
+    (folder / f"{name}.partial").write_text("{")
+    assert f"{name}.partial" in push(folder, "tester/model").left_out
+
+
+RECORDS: dict[str, dict[str, Any]] = {
+    "run.json": {"recipe": {"base": "/data/acme/base", "output_dir": "/data/acme/out"}},
+    "conversion.json": {"source": "../acme/llama", "data": {"../acme/a.txt": "0", "stdlib": "1"}},
+    "export.json": {"files": {}, "options": {"calibration": "acme/b.txt"}, "calibration": {"text": "acme/b.txt"}},
+    "verify.json": {"failures": [], "text": {"name": "/data/acme/a.txt"}},
+    "evaluation.json": {"tasks": {"../acme/a.jsonl": {"source": "/home/" + "acme/a.jsonl"}}, "text": {}},
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_no_path_in_a_record_is_published(
+    hub: FakeHub, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "acme").mkdir()
+    for text in ("a.txt", "b.txt"):
+        (folder / "acme" / text).touch()
+    monkeypatch.chdir(folder)
+    before = json.dumps(RECORDS[name])
+    (folder / name).write_text(before)
+    push(folder, "tester/model")
+    found = hub.files("tester/model")[name].decode()
+    assert "acme" not in found and json.loads(found).keys() == RECORDS[name].keys()
+    assert (folder / name).read_text() == before
+    (folder / name).write_text("[]")
+    hub.requests.clear()
+    refused(hub, folder, f"{name}: found list, allowed is an object")
+
+
+def test_the_templates_of_a_tokenizer(hub: FakeHub, folder: Path) -> None:
+    """Several chat templates lie in a folder of their own, of which nothing else is published."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tools": "{{ tools }}"}
+    name = "additional_chat_templates/tools.jinja"
+    result = push_tokenizer(tokenizer, "tester/tokenizer")
+    assert name in result.files
+    assert AutoTokenizer.from_pretrained("tester/tokenizer").chat_template == tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    (folder / "additional_chat_templates" / "notes.txt").write_text(SECRET)
+    result = push(folder, "tester/model")
+    assert name in result.files and "additional_chat_templates/notes.txt" in result.left_out
+    assert hub.files("tester/model")[name] == b"{{ tools }}"
+    assert push(folder, "tester/model").commit == result.commit
+    push_tokenizer(make_tokenizer(), "tester/model")
+    assert f"  {name}\n" in hub.files("tester/model")["SHA256SUMS"].decode()
+    (folder / name).write_text(SECRET)
+    hub.requests.clear()
+    refused(hub, folder, f"{name}:1: Hugging Face token")
+
+
+def test_weights_in_folders_of_a_repository_stay(hub: FakeHub, folder: Path) -> None:
+    repository = hub.create("tester/model")
+    content = b"x" * 9
+    head = repository.refs["refs/heads/main"][-1]
+    head.files["original/model.safetensors"] = Stored(hub.put(content), len(content), True)
+    push(folder, "tester/model")
+    assert hub.files("tester/model")["original/model.safetensors"] == content
+
+
+def test_the_mark_of_a_written_card_stays_at_home(hub: FakeHub, folder: Path) -> None:
+    (folder / "README.md").unlink()
+    path = write_card(folder, CARD)
+    path.write_text(path.read_text().replace("apache-2.0", "mit"))
+    push(folder, "tester/model")
+    expected = CARD.replace("apache-2.0", "mit").replace('"."', '"tester/model"')
+    assert hub.files("tester/model")["README.md"].decode() == expected
 
 
 def test_links_that_leave_the_folder(hub: FakeHub, folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.hub.fakehub import FakeHub
 
 # put together here, so that no search of this repository finds them
 SECRETS = {
-    "Hugging Face token": ["hf_" + "aBcD1" * 7, "api_org_" + "x" * 34],
+    "Hugging Face token": [start + "aBcD1" * 7 for start in ("hf_", "api_org_", "hf_jwt_", "KEY_hf_")],
     "AWS access key": ["AKIA" + "ABCDEFGH01234567", "ASIA" + "ABCDEFGH01234567"],
     "private key": [f"-----BEGIN {kind}PRIVATE KEY-----" for kind in ("", "RSA ", "OPENSSH ", "EC ", "ENCRYPTED ")]
     + ["-----BEGIN PGP " + "PRIVATE KEY BLOCK-----"],
@@ -26,7 +26,8 @@ SECRETS = {
     "Google API key": ["AIza" + "Sy" + "aB3d_" * 6 + "abc"],
     "Slack token": ["xoxb-" + "123456789012-abc"],
     "PyPI token": ["pypi-AgEIcHlwaS5vcmc" + "aB3d" * 14],
-    "JSON web token": [".".join(("eyJhbGciOiJIUzI1NiJ9", "eyJzdWIiOiIxMjM0In0", "SflKxwRJSMeKKF2Q"))],
+    "JSON web token": [".".join(("eyJhbGciOiJIUzI1NiJ9", "eyJzdWIiOiIxMjM0In0", "SflKxwRJSMeKKF2Q"))]
+    + ["hf_oauth_" + ".".join(("eyJhbGciOiJFZERTQSJ9", "eyJzdWIiOiIxMjM0In0", "SflKxwRJSMeKKF2Q"))],
     "password in a URL": ["postgres://user:" + "word@db.example.org/x", "https://me:" + "pw1@example.org"],
     "path of a home folder": ["/home/" + "somebody/x", "/Users/" + "me", "/root/" + ".cache", "C:\\Users\\" + "me"],
 }
@@ -79,7 +80,7 @@ def test_real_vocabularies_raise_no_alarm() -> None:
 def test_nothing_is_sent_when_a_file_holds_one(hub: FakeHub, folder: Path, name: str) -> None:
     secret = SECRETS["Hugging Face token"][0]
     path = folder / name
-    if name == "config.json":
+    if name in ("config.json", "run.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "note": secret}, indent=1))
     else:
         path.write_text((CARD if name == "README.md" else "{}") + f"\n{secret}\n")

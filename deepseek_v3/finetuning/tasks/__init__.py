@@ -44,7 +44,7 @@ def load_task(
         seed: of the split, where it is ours, and of `limit`.
         limit: at most so many rows of each split, drawn by hash.
         options: of the task: ``fold``, ``drop_sensitive`` (german-credit), ``agreement`` (financial-phrasebank),
-            ``positive`` (own data).
+            ``positive``, ``text_answers`` (own data).
 
     Raises:
         ValueError: unknown option, missing data or package, or a row that cannot be used, with file and row.

@@ -6,20 +6,24 @@ from typing import Any
 
 from ...data import Row, read_rows
 from .fields import label_of, text_of
-from .task_data import SPLITS, Kind, TaskData, TaskRow, build_task, prompt_of, split_by_hash
+from .task_data import SPLITS, Kind, TaskData, TaskRow, build_task, opening_of, split_by_hash
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def own_data(source: str, seed: int, limit: int | None, *, positive: str | None = None) -> TaskData:
+def own_data(
+    source: str, seed: int, limit: int | None, *, positive: str | None = None, text_answers: bool = False
+) -> TaskData:
     """Rows of files, a folder or ``"datasets:NAME"`` (see `data.read_rows`), by the first of these that it has:
 
     ``messages`` (chat), ``prompt`` and ``completion`` (chat), ``text`` and ``label`` (classification), ``text``.
     Other columns are not used. Splits are those of the files' names. What they lack is cut from the training rows by
-    the hash of the prompt or text (`split_by_hash`). A lone text is cut at line breaks into 80, 10 and 10 %.
+    the hash of the text, or of the prompt up to the user's first turn (`split_by_hash`). A lone text is cut at line
+    breaks into 80, 10 and 10 %.
 
     Args:
         positive: of two classes, the one whose sensitivity matters; default: the later one in the alphabet.
+        text_answers: conversations must end with a text, which can be scored; otherwise they may end with tool calls.
 
     Raises:
         ValueError: naming file and row of a missing column, an empty text or a malformed message.
@@ -28,6 +32,10 @@ def own_data(source: str, seed: int, limit: int | None, *, positive: str | None 
     first = next(iter(read.splits.values()))[0]
     kind, to_row = _kind(first)
     splits = {split: [to_row(row) for row in rows] for split, rows in read.splits.items()}
+    if text_answers and kind == "chat":
+        for split, rows in read.splits.items():
+            for row, made in zip(rows, splits[split], strict=True):
+                _check_answer(row, made)
     notes = [f"left out, names tell no split: {', '.join(read.left_out)}"] if read.left_out else []
     pool = splits.pop("all", None)
     missing = [split for split in SPLITS if split not in splits and split != "train"]
@@ -35,8 +43,9 @@ def own_data(source: str, seed: int, limit: int | None, *, positive: str | None 
         splits = _cut_text(pool[0]["text"], source)
         notes.append("one text, cut at line breaks: the first 80 % train, then 10 % validation, 10 % test")
     elif missing:
-        splits.update(split_by_hash(pool or splits["train"], prompt_of, seed, source, missing))
-        notes.append(f"{' and '.join(missing)} drawn by SHA-256 of the prompt or text, seed {seed}")
+        splits.update(split_by_hash(pool or splits["train"], opening_of, seed, source, missing))
+        opening = "prompt up to the user's first turn" if kind == "chat" else "text"
+        notes.append(f"{' and '.join(missing)} drawn by SHA-256 of the {opening}, seed {seed}")
     labels = _labels(splits, positive, source) if kind == "classification" else None
     return build_task(
         source, kind, splits, labels=labels, licence=read.licence, source=source, notes=notes, seed=seed, limit=limit
@@ -96,6 +105,13 @@ def _messages(row: Row, column: str) -> list[dict[str, Any]]:
         if not isinstance(content, str) or not content.strip():
             raise ValueError(f"{row.where}: message {number}: content must be text, found {content!r:.60}")
     return messages
+
+
+def _check_answer(row: Row, made: TaskRow) -> None:
+    parts = made["messages"] if "messages" in made else made["completion"]
+    content = parts if isinstance(parts, str) else parts[-1].get("content")
+    if not content:
+        raise ValueError(f"{row.where}: the last message must hold text for its score, found {content!r:.60}")
 
 
 def _labels(splits: dict[str, list[TaskRow]], positive: str | None, source: str) -> tuple[str, ...]:

@@ -27,14 +27,15 @@ def icd10_chapter(path: str | None, seed: int, limit: int | None) -> TaskData:
     """
     if path is None:
         install = "pip install simple-icd-10-cm==1.5.0"
-        file, source = package_file("icd10-chapter", "simple_icd_10_cm", "data/*.xml", install)
+        file, package = package_file("icd10-chapter", "simple_icd_10_cm", "data/*.xml", install)
+        source = f"{package}: {file.name}"
     else:
         file, source = given_path("icd10-chapter", path), str(path)
     rows, chapters = _icd_rows(file)
     splits = split_by_hash(rows, lambda row: row["group"], seed, source)
     return build_task(
         "icd10-chapter", "classification", splits, labels=chapters, licence="US government work (public domain)",
-        source=f"{source}: {file.name}", notes=(f"split by SHA-256 of the three-character category, seed {seed}",),
+        source=source, notes=(f"split by SHA-256 of the three-character category, seed {seed}",),
         seed=seed, limit=limit,
     )  # fmt: skip
 

@@ -130,10 +130,26 @@ def stratified_folds(labels: Sequence[str], keys: Sequence[str], n_folds: int, s
 
 def prompt_of(row: Mapping[str, Any]) -> str:
     """What the model is asked: the text, the prompt, or the messages before the last one, as one string."""
+    return _text(_prompt(row))
+
+
+def opening_of(row: Mapping[str, Any]) -> str:
+    """Of the prompt the messages up to the first of the user's, so that rows from one dialogue share it."""
+    prompt = _prompt(row)
+    if not isinstance(prompt, str):
+        roles = [message["role"] for message in prompt]
+        prompt = prompt[: roles.index("user") + 1] if "user" in roles else prompt
+    return _text(prompt)
+
+
+def _prompt(row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
     if "messages" in row:
-        return json.dumps(row["messages"][:-1], ensure_ascii=False, sort_keys=True)
-    prompt = row["prompt"] if "prompt" in row else row["text"]
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False, sort_keys=True)
+        return row["messages"][:-1]
+    return row["prompt"] if "prompt" in row else row["text"]
+
+
+def _text(part: str | list[dict[str, Any]] | None) -> str:
+    return part if isinstance(part, str) else json.dumps(part, ensure_ascii=False, sort_keys=True)
 
 
 def _number(key: str, seed: int) -> int:
@@ -146,8 +162,7 @@ def _key(row: TaskRow) -> str:
 
 
 def _answer(row: TaskRow) -> str:
-    answer = row["messages"][-1]["content"] if "messages" in row else row.get("completion", "")
-    return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, sort_keys=True)
+    return _text(row["messages"][-1].get("content") if "messages" in row else row.get("completion", ""))
 
 
 def _repetitions(splits: Mapping[str, Sequence[TaskRow]]) -> list[str]:
