@@ -1,6 +1,6 @@
 """From rows to tensors: classification, conversations with the loss on what the assistant says, packed rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..data import IGNORE_INDEX
 Row = Mapping[str, Any]
 # Lengths are rounded up to this: on a CPU every new shape costs the compilation of a matrix product.
 PAD_MULTIPLE = 8
+BATCH = 16  # rows of a forward pass that nothing is learned from
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,22 @@ def pad_classification(batch: Sequence[Mapping[str, Any]], pad_id: int) -> dict[
         mask[i, : len(example["input_ids"])] = 1
     labels = torch.tensor([example["labels"] for example in batch])
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+def by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Positions of rows in batches of `BATCH`, short ones first, so that little is padded."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(order), BATCH):
+        yield order[start : start + BATCH]
+
+
+def unlabelled_batches(
+    examples: Sequence[Mapping[str, Any]], pad_id: int, device: torch.device
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Rows of `encode_classification` by length: their positions, and `input_ids`, `attention_mask` on `device`."""
+    for chosen in by_length([len(example["input_ids"]) for example in examples]):
+        batch = pad_classification([examples[i] for i in chosen], pad_id)
+        yield chosen, {name: value.to(device) for name, value in batch.items() if name != "labels"}
 
 
 def conversation(row: Row) -> list[dict[str, str]]:
@@ -117,14 +134,13 @@ def cut(example: Encoded, length: int, split: bool) -> list[Encoded]:
     return pieces
 
 
-def pack(examples: Sequence[Encoded], length: int, pad_id: int, split: bool) -> list[dict[str, torch.Tensor]]:
-    """Rows of `length` tokens, each example with position ids from 0, so that none attends to another.
+def pack(pieces: Sequence[Encoded], length: int, pad_id: int) -> list[dict[str, torch.Tensor]]:
+    """Rows of `length` tokens, each of the `pieces` with position ids from 0, so that none attends to another.
 
-    Longer examples are `cut`, with `split` or without. Longest first, each into the fullest row that has room for it.
-    The rest of a row is padding, which attends to itself only and has no labels. `input_ids`, `labels`,
-    `position_ids` `[length]` int64.
+    Pieces are `cut` to at most `length`. Longest first, each into the fullest row that has room for it. The rest of a
+    row is padding, which attends to itself only and has no labels. `input_ids`, `labels`, `position_ids` `[length]`
+    int64.
     """
-    pieces = [piece for example in examples for piece in cut(example, length, split)]
     rows: list[list[Encoded]] = []
     free: list[int] = []
     by_space: dict[int, list[int]] = {}

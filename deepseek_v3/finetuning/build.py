@@ -98,6 +98,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def base_folder(base: str | Path) -> Path:
+    """Where a base that was loaded lies: the folder itself, or what of a repository on the Hub is on this machine."""
+    return Path(base) if Path(base).is_dir() else Path(snapshot_download(str(base), local_files_only=True))
+
+
 def as_language_model(model: nn.Module, base: str | Path) -> DeepseekV3ForCausalLM:
     """`model` itself, or a classifier's trunk (shared, adapters included) under the base's language-model head.
 
@@ -112,8 +117,7 @@ def as_language_model(model: nn.Module, base: str | Path) -> DeepseekV3ForCausal
     if language.config.tie_word_embeddings:
         language.lm_head.weight = inner.model.embed_tokens.weight
     else:
-        folder = Path(base) if Path(base).is_dir() else Path(snapshot_download(str(base), local_files_only=True))
-        with safe_open(scan_folder(folder)["lm_head.weight"].file, "pt") as weights:
+        with safe_open(scan_folder(base_folder(base))["lm_head.weight"].file, "pt") as weights:
             head = weights.get_tensor("lm_head.weight").to(inner.device, inner.dtype)
         language.lm_head.weight = nn.Parameter(head, requires_grad=False)
     return language

@@ -17,20 +17,18 @@ from .batches import (
     PAD_MULTIPLE,
     Encoded,
     Row,
+    by_length,
     conversation,
-    cut,
-    encode_chat,
     encode_classification,
-    encode_text,
-    pad_classification,
+    unlabelled_batches,
 )
 from .build import unwrapped
+from .examples import count_left_out, pieces_of
 from .metrics import rouge_l, threshold_at_recall, weighted_mean
 from .reports import bootstrap, class_indices, classification_report, text_report
 from .tasks import TaskData
 
 RECALL = 0.9  # at which a reviewer's share of the cases is reported
-BATCH = 16
 
 
 @torch.no_grad()
@@ -42,14 +40,9 @@ def class_probabilities(
     model.eval()
     device = next(model.parameters()).device
     examples = encode_classification(rows, tokenizer, task.labels, max_length)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     probabilities = np.empty((len(examples), len(task.labels)))
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
-        batch = pad_classification([examples[i] for i in chosen], tokenizer.pad_token_id)
-        batch.pop("labels")
-        logits = model(**{name: value.to(device) for name, value in batch.items()}).logits
-        probabilities[chosen] = logits.double().softmax(-1).cpu().numpy()
+    for chosen, batch in unlabelled_batches(examples, tokenizer.pad_token_id, device):
+        probabilities[chosen] = model(**batch).logits.double().softmax(-1).cpu().numpy()
     return probabilities
 
 
@@ -59,9 +52,7 @@ def sums_of_nats(model: nn.Module, examples: Sequence[Encoded], pad_id: int) -> 
     inner = unwrapped(model).eval()
     device = next(inner.parameters()).device
     nats = np.zeros(len(examples))
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
+    for chosen in by_length([len(example.input_ids) for example in examples]):
         length = max(len(examples[i].input_ids) for i in chosen)
         length = -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
         ids, labels = torch.full((len(chosen), length), pad_id), torch.full((len(chosen), length), IGNORE_INDEX)
@@ -80,12 +71,6 @@ def sums_of_nats(model: nn.Module, examples: Sequence[Encoded], pad_id: int) -> 
     return nats
 
 
-def encode_rows(rows: Sequence[Row], task: TaskData, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """The examples of a chat or text task."""
-    encode = encode_chat if task.kind == "chat" else encode_text
-    return [encode(row, tokenizer) for row in rows]
-
-
 def classification_results(task: TaskData, validation: np.ndarray | None, test: np.ndarray) -> dict[str, Any]:
     """`classification_report` of probabilities `[N, C]` of the two splits, of a model or of a baseline.
 
@@ -93,18 +78,19 @@ def classification_results(task: TaskData, validation: np.ndarray | None, test: 
     """
     assert task.labels is not None
     labels = class_indices([row["label"] for row in task.test], task.labels)
-    report = classification_report(labels, test, task.labels, recall=RECALL, costs=task.costs, groups=_groups(task))
+    groups = _groups(task.test)
+    report = classification_report(labels, test, task.labels, recall=RECALL, costs=task.costs, groups=groups)
     positive = class_indices([row["label"] for row in task.validation], task.labels) == 1
     if validation is not None and len(task.labels) == 2 and positive.any():
         threshold = threshold_at_recall(positive, validation[:, 1], RECALL)
-        chosen = classification_report(labels, test, task.labels, threshold, groups=_groups(task))
+        chosen = classification_report(labels, test, task.labels, threshold, groups=groups)
         names = ("threshold", "sensitivity", "specificity", "review_rate")
         report["at_validation_recall"] = {"recall": RECALL, **{name: chosen[name] for name in names}}
     return report
 
 
-def _groups(task: TaskData) -> list[str] | None:
-    return [row["group"] for row in task.test] if task.test and "group" in task.test[0] else None
+def _groups(rows: Sequence[Row]) -> list[str] | None:
+    return [row["group"] for row in rows] if rows and "group" in rows[0] else None
 
 
 def evaluate_task(
@@ -118,7 +104,11 @@ def evaluate_task(
 
     Classification: `classification_results`. Otherwise perplexity and bits per byte of what the model has to write
     (chat: the assistant's turns within `max_length`; text: all of it, in pieces of `max_length`), and ROUGE-L of its
-    greedy answers to `generate` prompts, drawn by a fixed seed.
+    greedy answers to `generate` prompts, drawn by a fixed seed. Conversations whose prompt fills `max_length` are left
+    out: `n` counts the others, `n_left_out` these.
+
+    Raises:
+        ValueError: all are left out.
     """
     if task.kind == "classification":
         validation = None
@@ -127,13 +117,17 @@ def evaluate_task(
         return classification_results(
             task, validation, class_probabilities(model, task.test, task, tokenizer, max_length)
         )
-    pieces = [cut(example, max_length, task.kind == "text") for example in encode_rows(task.test, task, tokenizer)]
+    of_all = pieces_of(task.test, task, tokenizer, max_length)
+    left_out = count_left_out(of_all, task, "test", max_length)
+    measured = [row for row, of_row in zip(task.test, of_all, strict=True) if of_row]
+    pieces = [of_row for of_row in of_all if of_row]
     row_of = np.repeat(np.arange(len(pieces)), [len(of_row) for of_row in pieces])
     each = sums_of_nats(model, [piece for of_row in pieces for piece in of_row], tokenizer.pad_token_id)
     nats = np.bincount(row_of, each, minlength=len(pieces))
     tokens = [[t for piece in of_row for t in piece.labels if t != IGNORE_INDEX] for of_row in pieces]
     sizes = np.array([len(tokenizer.decode(t, skip_special_tokens=True).encode()) for t in tokens])
-    report = text_report(nats, np.array([len(t) for t in tokens]), sizes, _groups(task))
+    report = text_report(nats, np.array([len(t) for t in tokens]), sizes, _groups(measured))
+    report["n_left_out"] = left_out
     if task.kind == "chat" and generate:
         rows = _drawn(task.test, generate)
         report["rouge_l"] = _rouge(rows, _answers(model, rows, tokenizer, max_length))
@@ -174,9 +168,12 @@ def _answers(
 
 def _rouge(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, float | None]:
     scores = rouge_l([conversation(row)[-1]["content"] for row in rows], answers)
-    estimate = bootstrap({"rouge_l": lambda weights: weighted_mean(scores, weights)}, len(scores))["rouge_l"]
+    groups = _groups(rows)
+    statistic = {"rouge_l": lambda weights: weighted_mean(scores, weights)}
+    estimate = bootstrap(statistic, len(scores), groups=groups)["rouge_l"]
     figures = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-    return {**{name: None if math.isnan(value) else value for name, value in figures.items()}, "n": estimate.n}
+    counts = {"n": len(scores)} if groups is None else {"n": len(scores), "n_groups": estimate.n}
+    return {**{name: None if math.isnan(value) else value for name, value in figures.items()}, **counts}
 
 
 def retrieval_results(task: TaskData, generate: int) -> dict[str, Any]:

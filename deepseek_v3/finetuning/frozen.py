@@ -7,9 +7,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .batches import pad_classification
-
-BATCH = 16
+from .batches import unlabelled_batches
 
 
 class HeadOnFeatures(nn.Module):
@@ -28,18 +26,15 @@ class HeadOnFeatures(nn.Module):
 def with_features(
     classifier: nn.Module, examples: Sequence[Mapping[str, Any]], pad_id: int
 ) -> list[dict[str, Any]]:
-    """The rows of `encode_classification`, each with `features [H]`: the state of its last token."""
+    """The rows of `encode_classification`, each with `features [H]`: the state that the classifier's head is given."""
     classifier.eval()
-    device = classifier.device
     rows = [dict(example) for example in examples]
-    order = sorted(rows, key=lambda row: len(row["input_ids"]))
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
-        batch = pad_classification(chosen, pad_id)
-        batch.pop("labels")
-        states = classifier.model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).last_hidden_state
-        for row, states_ in zip(chosen, states.cpu(), strict=True):
-            row["features"] = states_[len(row["input_ids"]) - 1].clone()
+    for chosen, batch in unlabelled_batches(examples, pad_id, classifier.device):
+        states = classifier.model(**batch, use_cache=False).last_hidden_state
+        real = batch["input_ids"] != pad_id
+        last = (torch.arange(real.shape[1], device=real.device) * real).argmax(-1)  # as transformers finds it
+        for i, features in zip(chosen, states[torch.arange(len(last), device=last.device), last].cpu(), strict=True):
+            rows[i]["features"] = features
     return rows
 
 

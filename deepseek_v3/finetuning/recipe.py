@@ -8,7 +8,7 @@ from .lora import TARGETS
 from .unfreezing import PRESETS, Unfreezing
 
 # What `load_task` takes from other fields of the recipe.
-NO_OPTIONS = ("name_or_path", "path", "limit")
+NO_OPTIONS = ("name_or_path", "path", "limit", "text_answers")
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class FinetuneRecipe(YamlRecipe):
         evaluations_per_epoch: on the validation split; the best state is kept.
         validation_rows: at most this many validation rows, drawn at random, are looked at while training.
         patience: stop after this many evaluations without progress; None trains to the end.
-        generate: how many test prompts of a chat task are answered for ROUGE-L.
+        generate: how many test prompts of a chat task are answered for ROUGE-L; its conversations must end with text.
         general_text: what forgetting is measured on, a corpus as in `deepseek_v3.data.load_corpus`; None skips it.
         compare: also fit the classical baselines of a classification task: majority class, TF-IDF, a table's own.
         gradient_checkpointing: recompute activations in backward.
         dtype: of the base's weights; `auto` as the checkpoint, `bf16`, `fp32`. What trains is updated in fp32.
-        merge: also write the merged model.
+        merge: also write the merged model; set after the run is finished, from its adapter.
         report_to: trackers, as in `TrainingArguments.report_to`.
         seed: of the adapters, the head and the data order.
     """
@@ -104,7 +104,8 @@ class FinetuneRecipe(YamlRecipe):
         if not self.targets or not set(self.targets) <= set(targets):
             raise ValueError(f"recipe: targets is {self.targets!r}, allowed are some of {', '.join(targets)}")
         if named := [name for name in self.task_options if name in NO_OPTIONS]:
-            raise ValueError(f"recipe: task_options has {', '.join(named)}: use the fields task, data and limit")
+            fields = "task, data, limit and generate"
+            raise ValueError(f"recipe: task_options has {', '.join(named)}: use the fields {fields}")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"recipe: preset is {self.preset!r}, allowed are {', '.join(PRESETS)}")
         if self.quantize == "nf4" and self.method != "lora":

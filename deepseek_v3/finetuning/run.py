@@ -1,7 +1,6 @@
 """A fine-tuning run: data, model, resumable training, evaluation, what changed, and one record of it all."""
 
 import dataclasses
-import json
 import math
 import os
 import resource
@@ -12,7 +11,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import torch
 from torch import nn
@@ -20,20 +18,31 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainin
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 
-from ..configuration import DeepseekV3Config
 from ..data import PackedDataset, heldout_bits_per_byte, load_corpus, pack_documents, tokenize_documents
+from ..durable import write_json
 from ..modeling_deepseek_v3.moe import EXPERT_WEIGHTS
 from ..process import environment, keep_freed_memory, locked, say, stop_signals
 from .baselines import classification_baselines
-from .batches import encode_classification, pack, pad_classification, stack
-from .build import as_language_model, build_model, load_tokenizer, unwrapped
+from .build import as_language_model, build_model, load_tokenizer
 from .changes import expert_movement, summarize_movement
-from .evaluate import classification_results, encode_rows, evaluate_task, retrieval_results
+from .evaluate import classification_results, evaluate_task, retrieval_results
+from .examples import Examples, make_examples
 from .frozen import HeadOnFeatures, stack_features, with_features
 from .lora import report_trainable, trainable_table
-from .quantized_merge import merge_quantized
+from .outputs import (
+    INPUTS,
+    RECIPE,
+    RECORD,
+    base_digest,
+    check_inputs,
+    check_recipe,
+    clear,
+    read_record,
+    save,
+    save_merged,
+)
 from .recipe import FinetuneRecipe
-from .tasks import TaskData, load_task
+from .tasks import TASKS, TaskData, load_task
 from .trainer import (
     AdaptiveLearningRate,
     Clock,
@@ -45,14 +54,10 @@ from .trainer import (
 )
 from .unfreezing import ProgressiveUnfreezing
 
-RECORD = "run.json"
-RECIPE = "recipe.json"
 # Forgetting is measured on this much of the general text.
 GENERAL_TOKENS = 16_384
 GENERAL_LENGTH = 256
-TASK_FIELDS = ("name", "kind", "labels", "licence", "source", "sha256", "notes")
-# What may change between the parts of one run.
-FREE = ("output_dir", "micro_batch_size", "report_to", "merge", "gradient_checkpointing")
+TASK_FIELDS = ("name", "kind", "labels", "licence", "source", "sha256")
 
 
 def finetune(recipe: FinetuneRecipe, restart: bool = False) -> dict[str, Any]:
@@ -60,10 +65,12 @@ def finetune(recipe: FinetuneRecipe, restart: bool = False) -> dict[str, Any]:
 
     Leaves in `output_dir`: `adapter/` (PEFT's format, with LoRA) and `merged/`, or `model/` without LoRA, each with
     the tokenizer, and `run.json`; while running, `checkpoints/`. Ctrl-C and SIGTERM save after the current step, and
-    the same recipe goes on from there. A finished run is not repeated unless `restart`.
+    the same recipe goes on from there. A finished run is not repeated unless `restart`; `merged/` is written from
+    `adapter/` if `merge` was set since.
 
     Raises:
-        ValueError: the recipe, the data, the base or a saved state is not usable; names the field or the file.
+        ValueError: the recipe, the data, the base or a saved state is not usable, or the data or the base is no longer
+            what the run was begun with; names the field or the file.
         InterruptedError: stopped by a signal, after saving.
     """
     output = Path(recipe.output_dir)
@@ -73,27 +80,48 @@ def finetune(recipe: FinetuneRecipe, restart: bool = False) -> dict[str, Any]:
     main = int(os.environ.get("RANK", 0)) == 0  # torchrun's; transformers joins the processes later
     with locked(output) if main else nullcontext():
         if not restart and (output / RECORD).exists():
-            record = _read_record(output / RECORD, recipe)
-            if not main:
-                return {}
-            say(f"{output}: this run is finished ({record['steps']} steps); --restart trains it again")
-            return record
+            record = read_record(output / RECORD, recipe)
+            return _finished(recipe, output, record) if main else {}
         if not restart and newest_checkpoint(output / "checkpoints"):
-            _check_same(_read(output / RECIPE), recipe, output / RECIPE)
+            check_recipe(output, recipe)
         return _run(recipe, output, restart)
+
+
+def _finished(recipe: FinetuneRecipe, output: Path, record: dict[str, Any]) -> dict[str, Any]:
+    merge = recipe.merge and "adapter" in record["artifacts"] and "merged" not in record["artifacts"]
+    if merge or (output / INPUTS).exists():
+        task = _load_task(recipe)
+        check_inputs(output, recipe, {"task": task.sha256, "base": base_digest(recipe.base)})
+    if merge:
+        adapter = output / "adapter"
+        if not adapter.is_dir():
+            raise ValueError(f"{adapter}: not found, merge needs it; --restart trains it again")
+        say(f"{output}: writing merged/ from adapter/")
+        model = build_model(recipe, task, load_tokenizer(recipe.base), _device())
+        model.load_adapter(str(adapter), "default")
+        record["artifacts"]["merged"] = save_merged(recipe, model)
+        write_json(output / RECORD, record)
+    say(f"{output}: this run is finished ({record['steps']} steps); --restart trains it again")
+    return record
 
 
 def _run(recipe: FinetuneRecipe, output: Path, restart: bool) -> dict[str, Any]:
     start = time.monotonic()
-    task = load_task(recipe.task, recipe.data, limit=recipe.limit, **recipe.task_options)
+    task = _load_task(recipe)
     tokenizer = load_tokenizer(recipe.base)
     say(f"{task.name}: {len(task.train)} / {len(task.validation)} / {len(task.test)} rows, {task.kind}")
-    for note in task.notes:
+    examples = make_examples(recipe, task, tokenizer)
+    notes = [*task.notes, *examples.notes]
+    for note in notes:
         say(f"  {note}")
     general = _general_text(recipe, tokenizer)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     made_with = {**environment(device), "peft": peft.__version__}  # now: sources may change while this runs
     model = build_model(recipe, task, tokenizer, device)
+    inputs = {"task": task.sha256, "base": base_digest(recipe.base)}  # now all of the base is on this machine
+    resume = None if restart else newest_checkpoint(output / "checkpoints")
+    if resume is not None:
+        check_inputs(output, recipe, inputs)
     trained = report_trainable(model)
     say(trainable_table(trained))
     forgetting: dict[str, float] = {}
@@ -101,14 +129,14 @@ def _run(recipe: FinetuneRecipe, output: Path, restart: bool) -> dict[str, Any]:
         forgetting["before"] = _general_bits(model, recipe, general)
     before = None if recipe.method != "full" else _expert_weights(model)
 
-    trainer, stop = _trainer(recipe, output, model, task, tokenizer)
-    if trainer.is_world_process_zero():  # only now, when nothing of the recipe can be wrong any more
+    trainer, stop = _trainer(recipe, output, model, task, examples, tokenizer)
+    if trainer.is_world_process_zero() and resume is None:  # only now, when nothing can be wrong any more
         if restart:
-            _clear(output)
-        (output / RECIPE).write_text(json.dumps(dataclasses.asdict(recipe), indent=2))
+            clear(output)
+        write_json(output / INPUTS, inputs)
+        write_json(output / RECIPE, dataclasses.asdict(recipe))
     with stop_signals() as received:
         stop.received = received
-        resume = None if restart else newest_checkpoint(output / "checkpoints")
         if resume is not None:
             say(f"continuing from {resume}")
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -134,13 +162,15 @@ def _run(recipe: FinetuneRecipe, output: Path, restart: bool) -> dict[str, Any]:
         "recipe": dataclasses.asdict(recipe),
         "task": {
             **{name: getattr(task, name) for name in TASK_FIELDS},
+            "notes": notes,
             "rows": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
+            "left_out": examples.left_out,
         },
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "learning_rate": recipe.peak_learning_rate(),
         "batch_size": recipe.rows_per_step(),
-        "train_tokens": sum(len(row["input_ids"]) for row in trainer.train_dataset),
+        "train_tokens": examples.tokens,
         "train_seconds": round(clock.seconds, 1),
         "history": [row for row in trainer.state.log_history if "train_runtime" not in row],
         "trainable": trained,
@@ -152,17 +182,34 @@ def _run(recipe: FinetuneRecipe, output: Path, restart: bool) -> dict[str, Any]:
         "environment": made_with,
         "date": time.strftime("%Y-%m-%d"),
     }
-    record["artifacts"] = _save(recipe, output, model, tokenizer)
+    record["artifacts"] = save(recipe, model)
     record["total_seconds"] = round(time.monotonic() - start, 1)
-    part = output / f".{RECORD}.tmp"
-    part.write_text(json.dumps(record, indent=2))
-    part.rename(output / RECORD)
+    write_json(output / RECORD, record)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    return _read(output / RECORD)  # as a later call returns it: lists for tuples
+    return read_record(output / RECORD, recipe)  # as a later call returns it: lists for tuples
+
+
+def _load_task(recipe: FinetuneRecipe) -> TaskData:
+    options = dict(recipe.task_options)
+    if recipe.generate and recipe.task not in TASKS:
+        options["text_answers"] = True
+    return load_task(recipe.task, recipe.data, limit=recipe.limit, **options)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's; transformers does so only later
+    return torch.device("cuda")
 
 
 def _trainer(
-    recipe: FinetuneRecipe, output: Path, model: nn.Module, task: TaskData, tokenizer: PreTrainedTokenizerBase
+    recipe: FinetuneRecipe,
+    output: Path,
+    model: nn.Module,
+    task: TaskData,
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[FinetuneTrainer, StopOnSignal]:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     rows = recipe.rows_per_step()
@@ -172,9 +219,7 @@ def _trainer(
     micro = min(recipe.micro_batch_size or share, share)
     if share % micro:
         raise ValueError(f"recipe: micro_batch_size is {micro}, allowed are divisors of a rank's share, {share} rows")
-    if not task.train:
-        raise ValueError(f"task {task.name}: found no training rows; it can only be evaluated")
-    train, validation, collate = _datasets(recipe, task, tokenizer)
+    train, validation, collate = examples.train, examples.validation, examples.collate
     if recipe.method == "head":
         say("computing the frozen base's features")
         train, validation = (with_features(model, rows, tokenizer.pad_token_id) for rows in (train, validation))
@@ -214,6 +259,9 @@ def _trainer(
         disable_tqdm=not sys.stderr.isatty(),
         report_to=recipe.report_to or "none",
     )
+    if arguments.n_gpu > 1:  # Trainer would multiply the rows per step by it
+        launch = f"start it with torchrun --nproc-per-node {arguments.n_gpu}, or name one in CUDA_VISIBLE_DEVICES"
+        raise ValueError(f"found {arguments.n_gpu} GPUs in one process, allowed is one: {launch}")
     stop = StopOnSignal([])
     callbacks: list[TrainerCallback] = [stop, Clock(), PlainLines()]
     if schedule is not None:
@@ -235,22 +283,6 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, stop
-
-
-def _datasets(recipe: FinetuneRecipe, task: TaskData, tokenizer: PreTrainedTokenizerBase):
-    """Training and validation examples, and their collator."""
-    order = np.random.default_rng(0).permutation(len(task.validation))[: recipe.validation_rows]
-    splits = (task.train, [task.validation[i] for i in sorted(order)])
-    if task.kind == "classification":
-        assert task.labels is not None
-        labels, length = task.labels, recipe.max_length
-        both = [encode_classification(rows, tokenizer, labels, length) for rows in splits]
-        return *both, lambda batch: pad_classification(batch, tokenizer.pad_token_id)
-    both = [
-        pack(encode_rows(rows, task, tokenizer), recipe.max_length, tokenizer.pad_token_id, split=task.kind == "text")
-        for rows in splits
-    ]
-    return *both, stack
 
 
 def _general_text(recipe: FinetuneRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[PackedDataset, int] | None:
@@ -284,73 +316,7 @@ def _expert_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if name.endswith(names)}
 
 
-def _save(
-    recipe: FinetuneRecipe, output: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, dict[str, int]]:
-    """Write what was trained; each folder appears whole. Returns the folders' sizes in bytes."""
-    original = DeepseekV3Config.from_pretrained(recipe.base)
-    config = unwrapped(model).config
-    for name in ("mtp_loss_coef", "seq_balance_coef", "use_cache"):  # off while training
-        setattr(config, name, getattr(original, name))
-
-    def write(name: str, written: nn.Module) -> None:
-        part, final = output / f".{name}.tmp", output / name
-        shutil.rmtree(part, ignore_errors=True)
-        written.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-
-    if recipe.method == "lora":
-        write("adapter", model)
-        if recipe.merge:
-            quantized = recipe.quantize != "none"
-            write("merged", merge_quantized(model) if quantized else model.merge_and_unload())
-    else:
-        write("model", model)
-    return {
-        path.name: {"bytes": sum(file.stat().st_size for file in path.iterdir())}
-        for path in (output / name for name in ("adapter", "merged", "model"))
-        if path.is_dir()
-    }
-
-
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: found {type(content).__name__}, allowed is an object")
-    return content
-
-
-def _read_record(path: Path, recipe: FinetuneRecipe) -> dict[str, Any]:
-    """The record of a finished run of this recipe, or ValueError."""
-    record = _read(path)
-    saved = record.get("recipe")
-    if not isinstance(saved, dict) or not record.get("finished"):
-        raise ValueError(f"{path}: not the record of a finished run; --restart trains it again")
-    _check_same(saved, recipe, path)
-    return record
-
-
-def _check_same(saved: dict[str, Any], recipe: FinetuneRecipe, where: Path) -> None:
-    for name, value in dataclasses.asdict(recipe).items():
-        if name not in FREE and saved.get(name) != value:
-            raise ValueError(
-                f"{where}: a run with {name} = {saved.get(name)!r}, the recipe has {value!r}; use another output_dir"
-            )
-
-
-def _clear(output: Path) -> None:
-    for name in ("checkpoints", "adapter", "merged", "model"):
-        shutil.rmtree(output / name, ignore_errors=True)
-    for name in (RECORD, RECIPE):
-        (output / name).unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from ..data import IGNORE_INDEX
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
 from ..optimizer import MasterAdamW, warmup_cosine
 from ..process import any_rank, say
@@ -147,6 +148,10 @@ class FinetuneTrainer(Trainer):
         self.layer_decay = layer_decay
         self.min_lr_ratio = min_lr_ratio
         self.causal = isinstance(unwrapped(self.model), DeepseekV3ForCausalLM)
+        self.labels_per_row = 1.0
+        if self.causal and self.eval_dataset:
+            labels = sum(int((row["labels"][1:] != IGNORE_INDEX).sum()) for row in self.eval_dataset)
+            self.labels_per_row = labels / len(self.eval_dataset)
 
     order: EpochOrder
     optimizer: torch.optim.Optimizer | None
@@ -172,10 +177,22 @@ class FinetuneTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def compute_loss(self, model, inputs, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
         if self.causal:  # in evaluation too: of a whole batch they are the largest tensor by far
             inputs = {**inputs, "skip_logits": True}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if not model.training:
+            inputs, num_items_in_batch = self._for_evaluation(inputs)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _for_evaluation(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], float]:
+        """Inputs and divisor with which `Trainer`'s mean over rows is the mean over all labels of the validation rows,
+        whatever the batches: those that repeat rows, to be as large as those of the other ranks, lose these labels."""
+        labels, state = inputs["labels"].clone(), self.accelerator.gradient_state
+        rows = len(labels)
+        if state.end_of_dataloader and state.remainder > 0:
+            rows = min(max(state.remainder - self.args.process_index * rows, 0), rows)
+        labels[rows:] = IGNORE_INDEX
+        return {**inputs, "labels": labels}, max(rows, 1) * self.labels_per_row * self.args.world_size
 
     def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
         data = self.train_dataset if train_dataset is None else train_dataset

@@ -13,6 +13,8 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..process import say
+
 # Learning rate and batch size of the field's three common cases.
 PRESETS: dict[str, dict[str, float | int]] = {
     "domain-adaptation": {"learning_rate": 1e-5, "batch_size": 32},
@@ -32,7 +34,7 @@ class Unfreezing:
         advance: what ends a stage. `plateau`: evaluations without a lower validation loss.
         every: how many of these make a stage.
         layer_decay: a layer's learning rate is the recipe's times `layer_decay` to the number of main layers above it.
-        stages: the last stage; None goes down to the embedding.
+        stages: their number; None takes as many as it needs to reach the embedding.
     """
 
     first_layers: int = 3
@@ -108,11 +110,19 @@ class ProgressiveUnfreezing(TrainerCallback, ExportableState):
         remembered = {"stage": self.stage, "best": self.best, "waited": self.waited}
         return {"args": {"schedule": asdict(self.schedule)}, "attributes": remembered}
 
-    def on_train_begin(self, args, state, control, model, **kwargs):
+    def on_train_begin(self, args, state, control, model, train_dataloader, **kwargs):
         layers = model.config.num_hidden_layers
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.candidates = [(p, stage_of(name, layers, self.schedule)) for name, p in trained]
         self._move(state)
+        if self.schedule.advance == "plateau":
+            return
+        passed = state.max_steps - 1  # when the last step begins
+        if self.schedule.advance == "epochs":
+            passed //= max(1, -(-len(train_dataloader) // args.gradient_accumulation_steps))
+        reached, stages = passed // self.schedule.every + 1, self._last() + 1
+        if reached < stages:
+            say(f"unfreezing: {reached} of {stages} stages are reached in {state.max_steps} steps")
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._move(state)
@@ -139,9 +149,12 @@ class ProgressiveUnfreezing(TrainerCallback, ExportableState):
             self.stage = state.global_step // self.schedule.every
         elif self.schedule.advance == "epochs":
             self.stage = int(state.epoch or 0) // self.schedule.every
-        last = max((stage for _, stage in self.candidates), default=0)
-        self.stage = min(self.stage, last if self.schedule.stages is None else self.schedule.stages - 1)
+        self.stage = min(self.stage, self._last())
         if self.stage != self.applied:
             self.applied = self.stage
             for parameter, stage in self.candidates:
                 parameter.requires_grad_(stage <= self.stage)
+
+    def _last(self) -> int:
+        last = max((stage for _, stage in self.candidates), default=0)
+        return last if self.schedule.stages is None else min(last, self.schedule.stages - 1)

@@ -160,6 +160,10 @@ def numbered(lengths: list[int], first_label: int = 1) -> list[Encoded]:
     return examples
 
 
+def pack_all(examples: list[Encoded], length: int, pad_id: int, split: bool) -> list[dict[str, torch.Tensor]]:
+    return pack([piece for example in examples for piece in cut(example, length, split)], length, pad_id)
+
+
 def labels_of(rows: list[dict[str, torch.Tensor]]) -> list[int]:
     return sorted(label for row in rows for label in row["labels"].tolist() if label != IGNORE_INDEX)
 
@@ -167,7 +171,7 @@ def labels_of(rows: list[dict[str, torch.Tensor]]) -> list[int]:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(2, 20), st.booleans())
 def test_every_labelled_token_is_packed_once(lengths: list[int], length: int, split: bool) -> None:
     examples = numbered(lengths)
-    rows = pack(examples, length, 0, split)
+    rows = pack_all(examples, length, 0, split)
     kept = [label for example in examples for label in (example.labels if split else example.labels[:length])]
     assert labels_of(rows) == sorted(label for label in kept if label != IGNORE_INDEX)
     for row in rows:
@@ -184,8 +188,8 @@ def test_every_labelled_token_is_packed_once(lengths: list[int], length: int, sp
 
 
 def test_rows_are_as_full_as_they_get() -> None:
-    assert len(pack(numbered([6, 4, 5, 5, 9, 1 + 1]), 10, 0, split=False)) == 4
-    rows = pack(numbered([7, 2, 8, 3]), 10, 0, split=False)
+    assert len(pack_all(numbered([6, 4, 5, 5, 9, 1 + 1]), 10, 0, split=False)) == 4
+    rows = pack_all(numbered([7, 2, 8, 3]), 10, 0, split=False)
     assert len(rows) == 2 and not any((row["input_ids"] == 0).any() for row in rows)
 
 
@@ -197,7 +201,7 @@ def test_conversations_are_cut_off_and_documents_go_on() -> None:
     assert [piece.input_ids for piece in pieces] == [[1, 2, 3, 4, 5], [5, 6, 7, 8, 9], [9, 10, 11, 12]]
     assert all(piece.labels == [IGNORE_INDEX, *piece.input_ids[1:]] for piece in pieces)
     (question,) = numbered([12], first_label=8)
-    assert cut(question, 8, split=False) == [] and pack([question], 8, 0, split=False) == []
+    assert cut(question, 8, split=False) == [] and pack_all([question], 8, 0, split=False) == []
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +219,7 @@ def examples() -> list[Encoded]:
 def test_a_packed_example_gets_the_logits_that_it_gets_alone(examples: list[Encoded], attention: str) -> None:
     model = tiny_model()
     model.set_attn_implementation(attention)
-    rows = pack(examples, 16, 0, split=False)
+    rows = pack_all(examples, 16, 0, split=False)
     assert len(rows) < len(examples)
     with torch.no_grad():
         packed = model(**{name: value for name, value in stack(rows).items() if name != "labels"}).logits
@@ -244,7 +248,7 @@ def test_losses_and_gradients_of_packed_rows_are_the_sums_of_the_examples(exampl
             sums = {name: value + output[name].item() for name, value in sums.items()}
         return sums, gradients(model)
 
-    rows = stack(pack(examples, 16, 0, split=False))
+    rows = stack(pack_all(examples, 16, 0, split=False))
     alone: list[dict[str, Any]] = [
         {"input_ids": torch.tensor([e.input_ids]), "labels": torch.tensor([e.labels])} for e in examples
     ]

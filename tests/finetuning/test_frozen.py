@@ -15,6 +15,8 @@ def test_the_heads_logits_are_the_classifiers(tokenizer: PreTrainedTokenizerBase
     texts = [" ".join(["loss of debt"] * n) for n in (1, 9, 2, 30, 5)] * 4  # more than a batch, of many lengths
     rows = [{"text": text, "label": "abc"[i % 3]} for i, text in enumerate(texts)]
     examples = encode_classification(rows, tokenizer, "abc", 40)
+    pad = tokenizer.pad_token_id  # where it is EOS, a row may end in it or hold nothing else
+    examples += [{"input_ids": ids, "labels": 0} for ids in ([5, 6, pad], [5, pad, 6, pad, pad], [pad, pad], [pad])]
     found = with_features(model, examples, tokenizer.pad_token_id)
     assert [row["input_ids"] for row in found] == [row["input_ids"] for row in examples]
     batch, whole = stack_features(found), pad_classification(examples, tokenizer.pad_token_id)

@@ -56,6 +56,8 @@ def test_two_ranks_train_as_one(base: Path, data: Path, tmp_path: Path, variant:
     record = finetune(two)
     losses = [[row["loss"] for row in each["history"] if "loss" in row] for each in (record, expected)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    seen = [[row["eval_loss"] for row in each["history"] if "eval_loss" in row] for each in (record, expected)]
+    assert seen[0] == pytest.approx(seen[1], rel=1e-4)
 
 
 def test_a_signal_to_one_rank_stops_both_and_resuming_is_bitwise(base: Path, data: Path, tmp_path: Path) -> None:

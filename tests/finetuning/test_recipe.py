@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from deepseek_v3.finetuning import TASKS, FinetuneRecipe, Unfreezing
+from deepseek_v3.finetuning.recipe import NO_OPTIONS
 from deepseek_v3.finetuning.unfreezing import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +63,7 @@ BAD: dict[str, list[Any]] = {
     **dict.fromkeys(("rank", "evaluations_per_epoch"), [0, 2.5, "2", None, True]),
     **dict.fromkeys(("warmup_ratio", "min_lr_ratio"), [-0.1, 1.1, None, "a", float("nan")]),
     **dict.fromkeys(("adaptive_lr", "compare", "gradient_checkpointing", "merge"), [1, "yes", None]),
-    "task_options": [None, ["fold"], {1: 2}, {"limit": 3}, {"path": "x"}, {"name_or_path": "x"}],
+    "task_options": [None, ["fold"], {1: 2}, *({name: "x"} for name in NO_OPTIONS)],
     "method": ["qlora", None, 1],
     "targets": [None, "all", [], [1], ["attention", "embedding"]],
     "alpha": [0, 2.5, "16"],

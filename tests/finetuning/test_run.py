@@ -18,7 +18,7 @@ from deepseek_v3.finetuning import FinetuneRecipe, finetune, load_adapter, load_
 from deepseek_v3.finetuning.build import as_language_model, build_model, load_tokenizer
 from deepseek_v3.finetuning.changes import expert_movement
 from deepseek_v3.finetuning.evaluate import classification_results, evaluate_task
-from deepseek_v3.finetuning.run import _datasets
+from deepseek_v3.finetuning.examples import make_examples
 from deepseek_v3.quantization import dequantize_, nf4_config
 from tests.finetuning.runs import COEFFICIENTS, recipe, save_base, weights
 from tests.modeling_deepseek_v3.helpers import run_python
@@ -87,13 +87,16 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def test_what_a_run_leaves(finished: Finished, name: str) -> None:
     chosen, record, output = finished(name)
     folders = {"adapter", "merged"} if chosen.merge else {"adapter"} if chosen.method == "lora" else {"model"}
-    assert {path.name for path in output.iterdir()} == {".lock", "recipe.json", "run.json", *folders}
+    assert {path.name for path in output.iterdir()} == {
+        *(".lock", "recipe.json", "inputs.json", "run.json"), *folders
+    }  # fmt: skip
     assert set(record["artifacts"]) == folders
     for folder in folders:
-        files = [path for path in (output / folder).iterdir() if path.name != "README.md"]
-        written = record["artifacts"][folder]["bytes"] - sum(path.stat().st_size for path in files)
-        assert written in (0, *[p.stat().st_size for p in (output / folder).glob("README.md")])
-        assert load_tokenizer(str(output / folder)).get_vocab() == load_tokenizer(chosen.base).get_vocab()
+        files = list((output / folder).iterdir())
+        assert record["artifacts"][folder]["bytes"] == sum(path.stat().st_size for path in files)
+        assert output / folder / "README.md" not in files
+        saved, original = ((path / "tokenizer.json").read_text() for path in (output / folder, Path(chosen.base)))
+        assert saved == original  # without the cut to max_length that was set meanwhile
     assert json.loads((output / "run.json").read_text()) == record
     assert "NaN" not in (output / "run.json").read_text()
 
@@ -392,14 +395,14 @@ def test_at_most_validation_rows_are_looked_at(base: Path, data: Path, tokenizer
     for kind, rows in (("two", None), ("two", 4), ("two", 99), ("messages", 2)):
         task = load_task(data / kind)
         chosen = recipe(base, data / kind, base, validation_rows=rows, max_length=100)
-        train, validation, _ = _datasets(chosen, task, tokenizer)
+        examples = make_examples(chosen, task, tokenizer)
         if kind == "messages":
-            ends = sum(int((row["input_ids"] == tokenizer.eos_token_id).sum()) for row in validation)
+            ends = sum(int((row["input_ids"] == tokenizer.eos_token_id).sum()) for row in examples.validation)
             assert ends == 2
         else:
-            assert len(train) == 16 and len(validation) == min(rows or 6, 6)
-    few = _datasets(recipe(base, data / "two", base, validation_rows=4), load_task(data / "two"), tokenizer)[1]
-    again = _datasets(recipe(base, data / "two", base, validation_rows=4), load_task(data / "two"), tokenizer)[1]
+            assert len(examples.train) == 16 and len(examples.validation) == min(rows or 6, 6)
+    chosen = recipe(base, data / "two", base, validation_rows=4)
+    few, again = (make_examples(chosen, load_task(data / "two"), tokenizer).validation for _ in range(2))
     assert few == again and [row["labels"] for row in few] != []
 
 
@@ -434,3 +437,62 @@ def test_a_base_that_cannot_be_loaded_is_named(data: Path, tmp_path: Path) -> No
         with pytest.raises(ValueError, match=f"base {base}: its tokenizer cannot be loaded") as caught:
             finetune(recipe(base, data / "two", tmp_path / "run"))
         assert "\n" not in str(caught.value)
+
+
+def long_rows(data: Path, folder: Path, counts: dict[str, int]) -> Path:
+    """The conversations of `data`, the first `counts[split]` with a question of 120 words."""
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        rows = [json.loads(line) for line in (data / "messages" / f"{split}.jsonl").read_text().splitlines()]
+        for row in rows[: counts.get(split, 0)]:
+            row["messages"][1]["content"] = "late " * 120
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_rows_without_anything_to_learn_are_counted(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = long_rows(data, tmp_path / "data", {"train": 14, "test": 1})
+    record = finetune(recipe(base, folder, tmp_path / "run", max_steps=1))
+    assert record["task"]["left_out"] == {"train": 14, "validation": 0, "test": 1}
+    assert record["task"]["rows"] == {"train": 16, "validation": 6, "test": 8}
+    assert (record["test"]["n"], record["test"]["n_left_out"]) == (7, 1)
+    learn = "have nothing to learn within max_length 48"
+    notes = [f"14 of 16 rows of train {learn}", f"1 of 8 rows of test {learn}"]
+    assert record["task"]["notes"][-2:] == notes
+    printed = capsys.readouterr().out
+    assert all(f"  {note}" in printed for note in notes)
+
+
+@pytest.mark.parametrize("split, count", [("train", 16), ("validation", 6), ("test", 8)])
+def test_a_split_without_anything_to_learn_is_refused(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, count: int
+) -> None:
+    """Before a model is loaded."""
+    folder = long_rows(data, tmp_path / "data", {split: count})
+    monkeypatch.setattr("deepseek_v3.finetuning.run.build_model", None)
+    with pytest.raises(ValueError, match=f"none of the {count} rows of {split} has .* max_length 48"):
+        finetune(recipe(base, folder, tmp_path / "run"))
+
+
+def test_train_tokens_are_those_of_the_rows(finished: Finished) -> None:
+    """Without padding, of packed rows neither."""
+    for name in ("two classes", "head", "chat", "text"):
+        chosen, record, _ = finished(name)
+        tokenizer, rows = load_tokenizer(chosen.base), load_task(chosen.task).train
+        if name == "chat":
+            parts = [tokenizer.apply_chat_template(row["messages"], tokenize=True)["input_ids"] for row in rows]
+        else:
+            parts = [tokenizer(row["text"])["input_ids"] + [1] * (name == "text") for row in rows]
+        assert record["train_tokens"] == sum(min(len(ids), 48) for ids in parts), name
+
+
+def test_several_gpus_in_one_process_are_refused(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Trainer` would multiply the rows per step by their number."""
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 2)
+    with pytest.raises(ValueError, match="found 2 GPUs in one process, allowed is one: .*torchrun --nproc-per-node 2"):
+        finetune(recipe(base, data / "two", tmp_path))
+    assert not (tmp_path / "recipe.json").exists()

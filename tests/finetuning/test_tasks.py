@@ -160,6 +160,7 @@ def test_icd_splits_share_no_category(tmp_path):
     assert {"text": "Kind 2 of A3", "label": "Certain infectious diseases", "group": "A03"} in [
         *task.train, *task.validation, *task.test,
     ]  # fmt: skip
+    assert task.source == str(tmp_path / "a.xml")
     again = load_task("icd10-chapter", write_icd(tmp_path / "b.xml", reverse=True))
     assert rows_of(again) == rows_of(task)
 
@@ -299,6 +300,37 @@ def test_equal_prompts_share_a_split_and_no_row_is_dropped(tmp_path):
     assert sum(map(len, prompts)) == 50 and len(task.train) + len(task.validation) + len(task.test) == 201
 
 
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt"])
+def test_parts_of_a_dialogue_share_a_split(tmp_path, form):
+    """Rows that each hold a dialogue up to one of its answers; all begin with the same system prompt."""
+    records = []
+    for i in range(60):
+        turns = [turn("system", "Judge."), turn("user", f"{i}?")]
+        for j in range(3):
+            answer = turn("assistant", f"{i} {j}")
+            records.append(
+                {"messages": [*turns, answer]} if form == "messages" else {"prompt": [*turns], "completion": [answer]}
+            )
+            turns += [answer, turn("user", f"and {j}?")]
+    task = load_task(write_jsonl(tmp_path / "a.jsonl", records))
+    splits = (task.train, task.validation, task.test)
+    questions = [{(row.get("messages") or row["prompt"])[1]["content"] for row in rows} for rows in splits]
+    assert "validation and test drawn by SHA-256 of the prompt up to the user's first turn, seed 0" in task.notes
+    assert sum(map(len, questions)) == 60 and min(map(len, questions)) > 0 and sum(map(len, splits)) == 180
+    first = [row for rows in splits for row in rows if len(row.get("messages") or row["prompt"]) <= 3]
+    assert len(first) == 60
+    single = load_task(write_jsonl(tmp_path / "b.jsonl", first))  # where every row has one turn, all stays as it was
+    for rows in (single.test, single.validation):
+        asked = [(row["messages"][:-1] if form == "messages" else row["prompt"]) for row in rows]
+        keys = [json.dumps(messages, ensure_ascii=False, sort_keys=True) for messages in asked]
+        tenths = {int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10 for key in keys}
+        assert tenths <= ({0, 1} if rows is single.test else {2})
+
+
 def test_official_splits_stay_and_missing_ones_are_drawn_from_training(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(80)])
     write_jsonl(tmp_path / "test.jsonl", [{"text": "t1", "label": "b"}, {"text": "other", "label": "c"}])
@@ -308,7 +340,7 @@ def test_official_splits_stay_and_missing_ones_are_drawn_from_training(tmp_path)
     assert 2 <= len(task.validation) <= 16 and task.labels == ("a", "b", "c")
     for note in (
         "left out, names tell no split: NOTES.txt",
-        "validation drawn by SHA-256 of the prompt or text, seed 0",
+        "validation drawn by SHA-256 of the text, seed 0",
         "1 rows of test occur word for word in train",
         "1 prompts of test occur word for word in train",
         "classes without a training row: ['c']",
@@ -415,10 +447,27 @@ def test_numbers_as_labels_keep_their_order(tmp_path):
 def test_tool_calls_may_have_no_content_and_completions_end_with_the_assistant(tmp_path):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     asked = {"role": "user", "content": "What is it?"}
-    rows = [{"messages": [asked | {"content": f"{i}?"}, call]} for i in range(40)]
-    write_jsonl(tmp_path / "calls.jsonl", rows)
-    assert load_task(tmp_path / "calls.jsonl").train[0]["messages"][1] == call
+    for last in (call, {name: call[name] for name in ("role", "tool_calls")}):
+        rows = [{"messages": [asked | {"content": f"{i}?"}, last]} for i in range(40)]
+        write_jsonl(tmp_path / "calls.jsonl", rows)
+        assert load_task(tmp_path / "calls.jsonl").train[0]["messages"][1] == last
     bad = [{"prompt": [asked], "completion": [asked]}]
     write_jsonl(tmp_path / "bad.jsonl", bad)
     with pytest.raises(ValueError, match=r"bad.jsonl.*completion must end with the assistant"):
         load_task(tmp_path / "bad.jsonl")
+
+
+def test_answers_that_are_scored_must_be_text(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    said = turn("assistant", "It is late.")
+    good = [[turn("user", f"{i}?"), call, turn("tool", "7"), said] for i in range(60)]
+    for form in ("messages", "prompt"):
+        rows = [row if form == "messages" else (row[:-1], row[-1:]) for row in (*good, good[0][:2])]
+        keys = ("messages",) if form == "messages" else ("prompt", "completion")
+        records = [dict(zip(keys, (row,) if form == "messages" else row, strict=True)) for row in rows]
+        file = write_jsonl(tmp_path / f"{form}.jsonl", records[:-1])
+        assert load_task(file, text_answers=True).sha256 == load_task(file).sha256
+        file = write_jsonl(tmp_path / f"{form}.jsonl", records)
+        assert load_task(file).kind == "chat"
+        with pytest.raises(ValueError, match=f"{form}.jsonl:61: the last message must hold text .*, found None"):
+            load_task(file, text_answers=True)

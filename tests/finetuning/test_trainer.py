@@ -3,6 +3,7 @@
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from deepseek_v3 import DeepseekV3ForCausalLM
-from deepseek_v3.finetuning import finetune
+from deepseek_v3.finetuning import finetune, load_task
+from deepseek_v3.finetuning.build import build_model
+from deepseek_v3.finetuning.evaluate import evaluate_task
+from deepseek_v3.finetuning.examples import make_examples
+from deepseek_v3.finetuning.run import _trainer
 from deepseek_v3.finetuning.trainer import (
     AdaptiveLearningRate,
     Clock,
@@ -225,6 +230,25 @@ def test_no_logits_are_made_of_conversations(
     monkeypatch.setattr(DeepseekV3ForCausalLM, "forward", record)
     finetune(recipe(base, data / "messages", tmp_path, method="full", max_steps=1))
     assert seen == {(True, True), (False, True)}
+
+
+@pytest.mark.parametrize("kind", ["messages", "text", "two"])
+def test_the_validation_loss_is_that_of_the_labels(
+    base: Path, data: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, kind: str
+) -> None:
+    """Whatever the micro-batches: rows differ in their number of labels, and the last batch is smaller."""
+    task, length = load_task(data / kind), 20 if kind == "text" else 24
+    losses = []
+    for micro in (1, 2, 8):
+        chosen = recipe(base, data / kind, tmp_path, micro_batch_size=micro, max_length=length, dtype="fp32")
+        examples = make_examples(chosen, task, tokenizer)
+        model = build_model(chosen, task, tokenizer, torch.device("cpu"))
+        trainer, _ = _trainer(chosen, tmp_path, model, task, examples, tokenizer)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert len(examples.validation) not in (2, 4, 8) and losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
+    if kind != "two":
+        report = evaluate_task(model, replace(task, test=task.validation), tokenizer, length)
+        assert math.log(report["perplexity"]["value"]) == pytest.approx(losses[0], rel=1e-5)
 
 
 # --- plain transformers

@@ -143,6 +143,29 @@ def test_stages_by_plateau(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert resumed.moved == {step: recorder.moved[step] for step in range(4, STEPS + 1)}
 
 
+REACHED = [
+    (Unfreezing(2, 1, "steps", 3), {}, ""),  # steps 1-3, 4-6, 7-8 of three stages
+    (Unfreezing(2, 1, "steps", 4), {}, "unfreezing: 2 of 3 stages are reached in 8 steps"),
+    (Unfreezing(2, 1, "steps", 4, stages=2), {}, ""),
+    (Unfreezing(2, 1, "steps", 3, stages=9), {}, ""),
+    (Unfreezing(1, 1, "epochs", stages=3), {}, "unfreezing: 2 of 3 stages are reached in 8 steps"),
+    (Unfreezing(2, 1, "epochs"), {"max_steps": 9}, ""),
+    (Unfreezing(1, 1, "epochs"), {"gradient_accumulation_steps": 3}, ""),  # two steps an epoch
+    (Unfreezing(1, 1, "plateau"), {}, ""),  # nobody knows
+]
+
+
+@pytest.mark.parametrize("schedule, changes, line", REACHED)
+def test_stages_that_the_run_is_too_short_for_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture, schedule: Unfreezing, changes: dict[str, Any], line: str
+) -> None:
+    recorder, trainer = run(tmp_path, tiny_model(), schedule, **{"save_strategy": "no", **changes})
+    assert [found for found in capsys.readouterr().out.splitlines() if "stages" in found] == [line][: bool(line)]
+    if schedule.advance != "plateau":
+        last = trained_layers(recorder.moved[trainer.state.global_step])
+        assert (schedule.stages != 2 and not line) == ("embed_tokens" in last)
+
+
 def test_with_lora_the_stages_are_those_of_the_adapters(tmp_path: Path) -> None:
     model = apply_lora(tiny_model(), targets=("attention", "experts"), rank=4)
     recorder, _ = run(tmp_path, model, SCHEDULE)

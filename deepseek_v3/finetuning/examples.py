@@ -1,0 +1,95 @@
+"""What of a task's rows is learned from: encoded, cut, packed, and counted where nothing is left."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .batches import (
+    Encoded,
+    Row,
+    cut,
+    encode_chat,
+    encode_classification,
+    encode_text,
+    pack,
+    pad_classification,
+    stack,
+)
+from .recipe import FinetuneRecipe
+from .tasks import TaskData
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is learned from, and looked at while training.
+
+    Attributes:
+        train, validation: what `collate` makes batches of.
+        tokens: of the training rows, without padding.
+        left_out: split -> conversations that have nothing to learn within `max_length`; of the validation rows among
+            those that are looked at.
+        notes: of what is left out, in words.
+    """
+
+    train: Sequence[Any]
+    validation: Sequence[Any]
+    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
+    tokens: int
+    left_out: dict[str, int]
+    notes: list[str]
+
+
+def make_examples(recipe: FinetuneRecipe, task: TaskData, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    """Of classes rows as they are, of conversations and documents packed ones.
+
+    Raises:
+        ValueError: a split of which there is nothing to learn; the test split is one of them.
+    """
+    if not task.train:
+        raise ValueError(f"task {task.name}: found no training rows; it can only be evaluated")
+    order = np.random.default_rng(0).permutation(len(task.validation))[: recipe.validation_rows]
+    splits = {"train": task.train, "validation": [task.validation[i] for i in sorted(order)], "test": task.test}
+    length, pad_id = recipe.max_length, tokenizer.pad_token_id
+    if task.labels is not None:
+        train, validation = (
+            encode_classification(splits[name], tokenizer, task.labels, length) for name in ("train", "validation")
+        )
+        tokens = sum(len(row["input_ids"]) for row in train)
+        nothing = dict.fromkeys(splits, 0)
+        return Examples(train, validation, lambda batch: pad_classification(batch, pad_id), tokens, nothing, [])
+    pieces = {name: pieces_of(rows, task, tokenizer, length) for name, rows in splits.items()}
+    left_out = {name: count_left_out(of_rows, task, name, length) for name, of_rows in pieces.items()}
+    flat = {name: [piece for of_row in of_rows for piece in of_row] for name, of_rows in pieces.items()}
+    return Examples(
+        train=pack(flat["train"], length, pad_id),
+        validation=pack(flat["validation"], length, pad_id),
+        collate=stack,
+        tokens=sum(len(piece.input_ids) for piece in flat["train"]),
+        left_out=left_out,
+        notes=[
+            f"{count} of {len(splits[name])} rows of {name} have nothing to learn within max_length {length}"
+            for name, count in left_out.items()
+            if count
+        ],
+    )
+
+
+def pieces_of(
+    rows: Sequence[Row], task: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[list[Encoded]]:
+    """What of each row of a chat or text task is learned, see `cut`: nothing where a prompt fills `max_length`."""
+    encode = encode_chat if task.kind == "chat" else encode_text
+    return [cut(encode(row, tokenizer), max_length, task.kind == "text") for row in rows]
+
+
+def count_left_out(pieces: Sequence[Sequence[Encoded]], task: TaskData, split: str, max_length: int) -> int:
+    """How many of a split's rows, given as `pieces_of`, have nothing to learn. ValueError if it is all of them."""
+    left_out = sum(not of_row for of_row in pieces)
+    if pieces and left_out == len(pieces):
+        problem = f"none of the {left_out} rows of {split} has anything to learn within max_length {max_length}"
+        raise ValueError(f"task {task.name}: {problem}: prompts fill it")
+    return left_out

@@ -1,0 +1,53 @@
+"""Results on a test split: what is left out, and groups in the intervals of generated answers."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from deepseek_v3 import DeepseekV3ForCausalLM
+from deepseek_v3.finetuning import TaskData, load_task
+from deepseek_v3.finetuning import evaluate as module
+from deepseek_v3.finetuning.evaluate import evaluate_task, retrieval_results
+
+
+@pytest.fixture(scope="module")
+def model(base: Path) -> DeepseekV3ForCausalLM:
+    return DeepseekV3ForCausalLM.from_pretrained(base)
+
+
+def grouped(task: TaskData, groups: int) -> TaskData:
+    rows = [{**row, "group": f"g{i % groups}"} for i, row in enumerate(task.test)]
+    return replace(task, test=rows)
+
+
+def test_the_interval_of_rouge_resamples_groups(
+    data: Path, model: Any, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the answers are right, by group: of two groups nobody knows more than 0 to 1."""
+    task = load_task(data / "messages")
+    answers = [row["messages"][-1]["content"] if i % 2 else "" for i, row in enumerate(task.test)]
+    monkeypatch.setattr(module, "_answers", lambda *_: answers)
+    plain = evaluate_task(model, task, tokenizer, 48, generate=8)["rouge_l"]
+    assert (plain["value"], plain["n"]) == (0.5, 8) and "n_groups" not in plain
+    assert plain["low"] > 0 and plain["high"] < 1
+    found = evaluate_task(model, grouped(task, 2), tokenizer, 48, generate=8)["rouge_l"]
+    assert (found["value"], found["n"], found["n_groups"]) == (0.5, 8, 2)
+    assert (found["low"], found["high"]) == (0.0, 1.0)
+    by_retrieval = retrieval_results(grouped(task, 2), 8)
+    assert by_retrieval["n"] == 8 and by_retrieval["rouge_l"]["n_groups"] == 2
+
+
+def test_conversations_whose_prompt_fills_the_length_are_counted(
+    data: Path, model: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    task = load_task(data / "messages")
+    expected = evaluate_task(model, grouped(task, 3), tokenizer, 48)
+    assert expected["n"] == 8 and expected["n_left_out"] == 0
+    long = {"messages": [{"role": "user", "content": "late " * 60}, {"role": "assistant", "content": "no"}]}
+    mixed = replace(task, test=[{**long, "group": "h"}, *grouped(task, 3).test])
+    assert evaluate_task(model, mixed, tokenizer, 48) == {**expected, "n_left_out": 1}
+    with pytest.raises(ValueError, match="none of the 2 rows of test .* max_length 48"):
+        evaluate_task(model, replace(task, test=[long, long]), tokenizer, 48)
