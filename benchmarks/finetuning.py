@@ -31,7 +31,7 @@ STAGE_STEPS = {"german-credit": 10, "icd10-chapter": 60, "financial-phrasebank":
 FOLDERS = {"financial-phrasebank": "financial_phrasebank", "pubmedqa": "pubmedqa_pqal"}
 LORA = {"method": "lora", "rank": 8}
 METHODS: dict[str, dict[str, Any]] = {
-    "frozen base, head": {"method": "head", "learning_rate": 5e-3, "epochs": 20},
+    "frozen base, head": {"method": "head", "learning_rate": 1e-3, "epochs": 20},
     "LoRA attention": {**LORA, "targets": ["attention"]},
     "LoRA + experts": {**LORA, "targets": ["attention", "experts"]},
     "QLoRA": {**LORA, "targets": ["attention", "experts"], "quantize": "nf4"},

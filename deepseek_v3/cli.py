@@ -240,10 +240,11 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from .export import export
+    from .export import export, format_options
     from .recipe import parse_fields
 
     options = parse_fields(args.set)
+    format_options(args.format, options)  # options of the format, and no other argument of `export`
     report = export(args.checkpoint, args.output, args.format, adapter=args.adapter, **options)
     share, bits = report["quantized"]["share"], report["bytes_per_parameter"]
     print(f"wrote {args.output}: {report['bytes']:,} bytes, {bits:.2f} per parameter, {share:.1%} of them quantized")
@@ -256,10 +257,12 @@ def _verify(args: argparse.Namespace) -> int:
     from .export.verify import verify, verify_table
     from .hub import write_export_card
 
-    report = verify(args.folder, args.against, text=args.text, **({"rows": args.rows} if args.rows else {}))
+    rows = {} if args.rows is None else {"rows": args.rows}
+    report = verify(args.folder, args.against, text=args.text, **rows)
     print(verify_table(report))
-    if not report["failures"]:
-        print(f"wrote {write_export_card(args.folder, args.against)}")
+    folder = Path(args.folder) if Path(args.folder).is_dir() else Path(args.folder).parent  # of a .gguf file
+    if not report["failures"] and (folder / "export.json").is_file():
+        print(f"card: {write_export_card(folder, args.against)}")
     return 1 if report["failures"] else 0
 
 

