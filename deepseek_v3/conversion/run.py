@@ -1,6 +1,6 @@
 """The whole conversion: load, convert, measure, heal, save."""
 
-import json
+import shutil
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from ..configuration.local_paths import public_name
 from ..data import Corpus, batch_indices, load_corpus, pack_documents, sample_order, tokenize_documents
+from ..durable import write_json
 from ..tokenization import DeepseekV3Tokenizer
 from .healing import HeldoutText, heal, heldout_bits_per_byte
 from .llama import convert_llama
@@ -77,7 +78,9 @@ def convert(
         for i, text in enumerate(data)
     ]
     original, source_tokenizer = load_source(source)
-    tokenizer = save_tokenizer(source_tokenizer, folder)
+    part = folder.with_name(f".{folder.name}.partial")  # renamed at the end: `output` appears whole or not at all
+    shutil.rmtree(part, ignore_errors=True)
+    tokenizer = save_tokenizer(source_tokenizer, part)
     ids = {"bos_id": tokenizer.bos_token_id, "eos_id": tokenizer.eos_token_id}
     train = pack_documents(_train_tokens(corpora, tokenizer), sequence_length, **ids)
     texts = {
@@ -95,7 +98,6 @@ def convert(
     converted.generation_config = GenerationConfig(**special)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     original, converted = original.to(device, torch.bfloat16), converted.to(device, torch.bfloat16)
-    converted.save_pretrained(folder)
 
     measured = {"source": original, "converted": converted}
     figures = {name: {k: heldout_bits_per_byte(m, text) for k, m in measured.items()} for name, text in texts.items()}
@@ -106,15 +108,15 @@ def convert(
         "heldout": {name: {"tokens": text.tokens, "bytes": text.n_bytes} for name, text in texts.items()},
         "bits_per_byte": figures,
     }
-    _write(report, folder)
     if heal_tokens:
         report["healing"] = heal(
             converted, original, train, heal_tokens, batch_size=batch_size, learning_rate=learning_rate, seed=seed
         )
-        converted.save_pretrained(folder)
         for name, text in texts.items():
             figures[name]["healed"] = heldout_bits_per_byte(converted, text)
-        _write(report, folder)
+    converted.save_pretrained(part)
+    write_json(part / "conversion.json", report)
+    part.rename(folder)
     return report
 
 
@@ -163,6 +165,3 @@ def _train_tokens(corpora: Sequence[Corpus], tokenizer: DeepseekV3Tokenizer) -> 
             total += len(chosen[-1])
     return chosen
 
-
-def _write(report: dict[str, Any], folder: Path) -> None:
-    (folder / "conversion.json").write_text(json.dumps(report, indent=2) + "\n")

