@@ -125,8 +125,7 @@ def _run(
         model.to("cpu" if main else "meta")  # one model at a time on the device
         twin = _train_dense(recipe, config, data, model.dtype, accelerator)
         if main:
-            bits = heldout_bits_per_byte(twin, data.heldout, data.corpus.heldout_bytes, recipe.document_mask)
-            results["baselines_bits_per_byte"]["dense"] = bits
+            results["baselines_bits_per_byte"]["dense"] = _heldout_bits(recipe, data, twin)
     record = _finish(recipe, output, data, model, monitor, recent, results) if main else {}
     accelerator.wait_for_everyone()
     return record
@@ -188,10 +187,7 @@ def _train(
             recent.append(result.counts)
             del recent[: -max(50, min(1000, recipe.steps // 10))]
             if main and step % recipe.eval_every == 0 and step < recipe.steps:
-                part = heldout_bits_per_byte(
-                    model, data.heldout, data.corpus.heldout_bytes, recipe.document_mask, max_rows=64
-                )
-                monitor.note(heldout_part_bits_per_byte=part)
+                monitor.note(heldout_part_bits_per_byte=_heldout_bits(recipe, data, model, max_rows=64))
             stopping = any_rank(stop)
             if step < recipe.steps and (stopping or step % recipe.save_every == 0):
                 save(step)
@@ -215,13 +211,22 @@ def _ready(model: DeepseekV3ForCausalLM, recipe: Recipe, accelerator: Accelerato
     return build_optimizer(model.parameters(), recipe)
 
 
+def _heldout_bits(
+    recipe: Recipe, data: TextData, model: DeepseekV3ForCausalLM, max_rows: int | None = None
+) -> float:
+    """With no more rows at a time than `micro_batch_size`."""
+    rows = min(16, recipe.micro_batch_size or 16)
+    n_bytes, documents = data.corpus.heldout_bytes, recipe.document_mask
+    return heldout_bits_per_byte(model, data.heldout, n_bytes, documents, batch_size=rows, max_rows=max_rows)
+
+
 def _evaluate(
     recipe: Recipe, output: Path, data: TextData, model: DeepseekV3ForCausalLM, monitor: Monitor
 ) -> dict[str, Any]:
     """What the record holds of the model's quality, all but the dense twin's; writes `samples.txt`."""
     corpus, config = data.corpus, model.config
     say("evaluating on held-out text")
-    bits = heldout_bits_per_byte(model, data.heldout, corpus.heldout_bytes, recipe.document_mask)
+    bits = _heldout_bits(recipe, data, model)
     monitor.note(heldout_bits_per_byte=bits)
     prompts = [document.text[:PROMPT_CHARS] for document in corpus.heldout]
     acceptance = mtp_acceptance(model, data.tokenizer, prompts[:32]) if config.num_nextn_predict_layers else None
