@@ -59,6 +59,7 @@ def done() -> list[dict[str, Any]]:
 
 
 def measured(row: dict[str, Any]) -> tuple[str, str, int, str | None]:
+    """What tells a run from the others; baselines have no base."""
     return row["task"], row["method"], row["seed"], row.get("base")
 
 
@@ -156,11 +157,11 @@ def main() -> None:
     for seed in args.seeds:
         for task in args.tasks:
             for method in args.methods:
+                present = {measured(row) for row in done()}
                 if method == "baselines":
-                    present = {(row["task"], row["method"], row["seed"]) for row in done()}
-                    if (task, "majority", seed) not in present and (seed == 0 or task == "german-credit"):
+                    if (task, "majority", seed, None) not in present and (seed == 0 or task == "german-credit"):
                         run_baselines(task, seed, args)
-                elif (task, method, seed, weights) not in {measured(row) for row in done()}:
+                elif (task, method, seed, weights) not in present:
                     try:
                         run(task, method, seed, args, weights)
                     except ValueError as error:

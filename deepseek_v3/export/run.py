@@ -82,7 +82,7 @@ def export(
 
     Returns:
         What `export.json` holds. `bytes` are those of the weights' files, `parameters` the elements of the official
-        tensors in them without the routing biases. Of absolute paths among the options it holds the names.
+        tensors in them without the routing biases. Of local paths among the options it holds the names.
 
     Raises:
         ValueError: an unknown format or option, a source that cannot be read, an output folder with something else in

@@ -1,7 +1,6 @@
 """The main job: corpus, tokenizer, model, resumable training, evaluation beside baselines, one record of it all."""
 
 import dataclasses
-import json
 import os
 import shutil
 import time
@@ -17,6 +16,7 @@ from transformers.utils import logging
 
 from ..configuration import DeepseekV3Config, num_parameters
 from ..data import heldout_bits_per_byte, load_corpus
+from ..durable import write_json
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
 from ..process import any_rank, environment, keep_freed_memory, locked, say, stop_signals
 from .balance import routers
@@ -288,9 +288,7 @@ def _finish(
     data.tokenizer.save_pretrained(temporary)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    part = output / f".{RECORD}.tmp-{os.getpid()}"
-    part.write_text(json.dumps(record, indent=2))
-    part.rename(output / RECORD)
+    write_json(output / RECORD, record)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return record
 
