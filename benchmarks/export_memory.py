@@ -24,8 +24,8 @@ from deepseek_v3 import DeepseekV3Config
 from deepseek_v3.configuration import preset
 from deepseek_v3.export import Output, Step, export
 from deepseek_v3.export.files import Journal, PartialFile, plan_safetensors, write_index
-from deepseek_v3.export.memory import peak_memory, reset_peak_memory
 from deepseek_v3.modeling_deepseek_v3.checkpoint import mtp_copies, tensor_shapes
+from deepseek_v3.process import peak_memory, reset_peak_memory
 from deepseek_v3.tokenization.train import train_tokenizer
 
 CONSTANT_MIB = 300

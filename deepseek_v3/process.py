@@ -5,6 +5,8 @@ import ctypes
 import fcntl
 import os
 import platform
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +20,8 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory: a step's tensors are the next step's, and page faults cost some 10 % of it."""
@@ -28,6 +32,24 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
     except (OSError, AttributeError):
         pass  # another C library
+
+
+def reset_peak_memory() -> None:
+    """Let the process's peak count from now on, where the system can do that (Linux)."""
+    if _CLEAR.exists():
+        _CLEAR.write_text("5")
+
+
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes at most: of torch's allocator on a GPU; otherwise resident, the libraries' code and data included."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if not _STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
+    assert found is not None
+    return int(found.group(1)) * 1024
 
 
 @contextmanager

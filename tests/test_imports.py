@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "finetuning": {"package", "data", "durable", "optimizer", "process", "recipe", "quantization"} | MODEL,
     "export": {"package", "data", "durable", "evaluation", "gguf_header", "process", "quantization"} | MODEL,
     "evaluation": {"package", "data", "durable", "finetuning", "process", "quantization"} | MODEL,
-    "hub": {"package", "gguf_header", "process"} | MODEL,
+    "hub": {"package", "durable", "gguf_header", "process"} | MODEL,
     "conversion": {"package", "data", "durable", "gguf_header", "optimizer", "process", "recipe"} | MODEL,
     "quantization": {"modeling_deepseek_v3", "configuration", "kernels"},
     "data": {"package"} | MODEL,

@@ -15,9 +15,9 @@ from ..configuration.local_paths import public_name
 from ..durable import file_sha256, write_json
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from ..modeling_deepseek_v3.weight_files import read_json, scan_folder
-from ..process import environment, say
+from ..process import environment, peak_memory, say
 from .harness import harness_results
-from .speed import mtp_acceptance, peak_memory_bytes, throughput
+from .speed import mtp_acceptance, throughput
 from .text import LENGTH, TextRows, check_count, read_text, text_anchors, text_results, text_rows
 
 RECORD = "evaluation.json"
@@ -89,7 +89,7 @@ def evaluate(
         found["text"][name] = {**text_results(model, rows), "seed": seed, "mtp_acceptance": acceptance}
     if scored:
         record["throughput"] = throughput(model, next(iter(scored.values())).prompts(1)[0])
-        record["peak_memory_bytes"] = peak_memory_bytes(device)  # the model's; the anchors' comes after it
+        record["peak_memory_bytes"] = peak_memory(device)  # the model's; the anchors' comes after it
     for name, rows in scored.items() if anchors else ():
         found["text"][name]["anchors_bits_per_byte"] = text_anchors(rows, tokenizer)
     if tasks:
@@ -101,7 +101,7 @@ def evaluate(
     if lm_eval_tasks:
         found["lm_eval"] = harness_results(model, tokenizer, lm_eval_tasks, limit)
     if not scored:
-        record["peak_memory_bytes"] = peak_memory_bytes(device)
+        record["peak_memory_bytes"] = peak_memory(device)
     counted = num_parameters(config)  # packed weights count as what they stand for
     further = sum(p.numel() for p in model.score.parameters()) - counted.head if classifier else counted.mtp
     record["parameters"] = counted.total + further

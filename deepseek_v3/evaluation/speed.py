@@ -1,6 +1,5 @@
-"""Speed, memory and MTP acceptance of a causal language model as it is loaded."""
+"""Speed and MTP acceptance of a causal language model as it is loaded."""
 
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -58,13 +57,6 @@ def throughput(model: DeepseekV3ForCausalLM, prompt: torch.Tensor) -> dict[str, 
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory so far: of the process on a CPU, of torch's allocator on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..configuration.local_paths import without_paths
 from ..durable import file_sha256, write_json
-from ..process import environment, locked, say, stop_signals
+from ..process import environment, locked, peak_memory, reset_peak_memory, say, stop_signals
 from .files import Journal, PartialFile, PlannedFile, plan_safetensors, write_index
 from .folder import (
     LOCK,
@@ -32,7 +32,6 @@ from .folder import (
     room_errors,
     write_config,
 )
-from .memory import peak_memory, reset_peak_memory
 from .options import FormatOptions, check_option
 from .source import Source
 from .steps import Step

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import resource
 import shutil
 import sys
 import time
@@ -21,7 +20,7 @@ from transformers.utils import logging
 from ..data import PackedDataset, heldout_bits_per_byte, load_corpus, pack_documents, tokenize_documents
 from ..durable import write_json
 from ..modeling_deepseek_v3.moe import EXPERT_WEIGHTS
-from ..process import environment, keep_freed_memory, locked, say, stop_signals
+from ..process import environment, keep_freed_memory, locked, peak_memory, say, stop_signals
 from .baselines import classification_baselines
 from .build import as_language_model, build_model, load_tokenizer
 from .changes import expert_movement, summarize_movement
@@ -178,7 +177,7 @@ def _run(recipe: FinetuneRecipe, output: Path, restart: bool) -> dict[str, Any]:
         "baselines": baselines,
         "general_bits_per_byte": forgetting,
         "experts": movement,
-        "peak_memory_bytes": _peak_memory(device),
+        "peak_memory_bytes": peak_memory(device),
         "environment": made_with,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -314,9 +313,3 @@ def _general_bits(model: nn.Module, recipe: FinetuneRecipe, general: tuple[Packe
 def _expert_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     names = tuple(f".experts.{name}" for name in EXPERT_WEIGHTS)
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if name.endswith(names)}
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

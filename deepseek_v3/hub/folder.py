@@ -10,8 +10,8 @@ from ..modeling_deepseek_v3.checkpoint import check_tensors
 from ..modeling_deepseek_v3.weight_files import INDEX_NAME, read_header, read_json, scan_folder
 from .card import CARD, RECORD
 
-EXPORT, VERIFIED = "export.json", "verify.json"
-RECORDS = (RECORD, "conversion.json", EXPORT, VERIFIED, "evaluation.json")
+EXPORT, VERIFIED, EVALUATED = "export.json", "verify.json", "evaluation.json"
+RECORDS = (RECORD, "conversion.json", EXPORT, VERIFIED, EVALUATED)
 # Published if they are there, beside the weights. No pickles, no training arguments, no optimizer states.
 ALLOWED = frozenset(
     {
@@ -118,3 +118,16 @@ def recorded_hashes(folder: Path) -> dict[str, str]:
         return {name: file["sha256"] for name, file in read_object(path)["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is no report of an export ({type(error).__name__}: {error})") from None
+
+
+def evaluated_hashes(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the weights that `evaluation.json` is about; empty where it names none, or is not there.
+
+    Raises:
+        ValueError: `files` is no such table.
+    """
+    path = folder / EVALUATED
+    files = read_object(path).get("files", {}) if path.exists() else {}
+    if not isinstance(files, dict):
+        raise ValueError(f"{path}: files: found {type(files).__name__}, allowed is an object")
+    return files

@@ -1,6 +1,5 @@
 """The card of a pretrained model, from the run's own record: a missing figure is an error, never a placeholder."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ..configuration.local_paths import without_paths
+from ..durable import file_sha256
 from .card import (
     CITATION,
     HERE,
@@ -23,14 +23,15 @@ from .card import (
     table,
     write_with_record,
 )
+from .folder import EVALUATED, evaluated_hashes, read_object
 
 NAMES = {"gzip": "gzip -9", "5-gram": "5-gram (Kneser-Ney, same tokens)", "dense": "dense model of equal compute"}
 
 
 def write_pretraining_card(folder: str | Path, record: Mapping[str, Any], weights_licence: str = "apache-2.0") -> Path:
     """Write `README.md` (and `run.json`, `load.png`) for the checkpoint in `folder`, from what `training.pretrain`
-    returned. `evaluation.json`, if `deepseek-v3 evaluate` left one in `folder`, adds figures with intervals. A
-    `README.md` that was changed is kept.
+    returned. `evaluation.json`, if `deepseek-v3 evaluate` left one of these weights in `folder`, adds figures with
+    intervals. A `README.md` that was changed is kept.
 
     Raises:
         ValueError: the record lacks a field that the card states (named), `config.json` cannot be read, or the run's
@@ -39,15 +40,23 @@ def write_pretraining_card(folder: str | Path, record: Mapping[str, Any], weight
     folder = Path(folder)
     config = read_config(folder)
     record = without_paths(record)
-    evaluation = folder / "evaluation.json"
     try:
-        measured = without_paths(json.loads(evaluation.read_text()))["text"] if evaluation.exists() else {}
+        measured = _figures(folder)
         data = _front_matter(record, measured, weights_licence)
         shape = table(architecture(config, record["parameters"]))
         fields = _fields(folder, record, measured) | {"architecture": shape, "weights_licence": weights_licence}
     except KeyError as error:
         raise ValueError(f"model card of {folder}: the run's record has no field {error}") from None
     return write_with_record(folder, render("pretraining_card.md", folder, data, fields), record)
+
+
+def _figures(folder: Path) -> dict[str, Any]:
+    """The figures of texts in `evaluation.json`, unless the run went on since and replaced the weights."""
+    of = evaluated_hashes(folder)
+    if any(not (folder / name).is_file() or file_sha256(folder / name) != digest for name, digest in of.items()):
+        return {}
+    path = folder / EVALUATED
+    return without_paths(read_object(path)).get("text", {}) if path.exists() else {}
 
 
 def _title(record: Mapping[str, Any]) -> str:

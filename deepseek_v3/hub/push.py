@@ -15,7 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..configuration.adapter_file import ADAPTER_CONFIG
 from ..configuration.local_paths import without_paths
 from .card import CARD, HERE, load_card
-from .folder import RECORDS, VERIFIED, Publication, read_folder, read_object, recorded_hashes
+from .folder import (
+    EVALUATED,
+    RECORDS,
+    VERIFIED,
+    Publication,
+    evaluated_hashes,
+    read_folder,
+    read_object,
+    recorded_hashes,
+)
 from .metadata import base_models, read_card
 from .remote import Content, Remote, different
 from .secrets import check_no_secrets
@@ -63,11 +72,11 @@ def push(
 ) -> PushResult:
     """Publish a checkpoint, an adapter or an export, with its card, as a model repository.
 
-    Before anything is sent: the weights must be whole, the card valid and true to `verify.json`, no file may hold a
-    secret or a path of a home folder. Afterwards every file's hash is read back. An interrupted push goes on when it
-    is repeated. `SHA256SUMS` is added. In the uploaded card the code names the repository instead of the folder; in
-    uploaded records names stand for local paths; an uploaded adapter names `base_model` as its base. The folder
-    itself is not changed.
+    Before anything is sent: the weights must be whole, the card valid and true to `verify.json`, the figures of
+    `evaluation.json` those of these weights, and no file may hold a secret or a path of a home folder. Afterwards
+    every file's hash is read back. An interrupted push goes on when it is repeated. `SHA256SUMS` is added. In the
+    uploaded card the code names the repository instead of the folder; in uploaded records names stand for local
+    paths; an uploaded adapter names `base_model` as its base. The folder itself is not changed.
 
     Args:
         folder: with `README.md`; see `hub.folder.ALLOWED` for what is uploaded beside the weights.
@@ -106,6 +115,13 @@ def push(
     for name, digest in recorded.items():
         if name in publication.files and (found := contents[name].sha256) != digest:
             raise ValueError(f"{folder / name}: has SHA-256 {found}, but the export wrote {digest}")
+    for name, digest in evaluated_hashes(folder).items():
+        if name not in contents or contents[name].sha256 != digest:
+            found = f"SHA-256 {contents[name].sha256}" if name in contents else "no such file"
+            raise ValueError(
+                f"{folder / EVALUATED}: holds figures of other weights ({name} had SHA-256 {digest}, found {found}): "
+                f"`deepseek-v3 evaluate {folder}` measures these"
+            )
 
     remote = Remote(repo_id, revision, token)
     for base in base_models(card):

@@ -23,10 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from deepseek_v3 import DeepseekV3Config
 from deepseek_v3.configuration.parameters import num_parameters
 from deepseek_v3.export import Output, Source, Step, export, files, format_options, fp8, run
-from deepseek_v3.export.memory import peak_memory, reset_peak_memory
 from deepseek_v3.export.run import check_steps
 from deepseek_v3.modeling_deepseek_v3.checkpoint import tensor_shapes
-from deepseek_v3.process import locked
+from deepseek_v3.process import locked, peak_memory, reset_peak_memory
 from deepseek_v3.tokenization import train_tokenizer
 from tests.export.helpers import TOKENIZER, config_json, contents, read_tensors, write_checkpoint
 from tests.modeling_deepseek_v3.helpers import run_python, tiny_config

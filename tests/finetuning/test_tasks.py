@@ -399,10 +399,13 @@ USER = {"role": "user", "content": "q"}
         ({"messages": [USER]}, "must end with the assistant's answer"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "message 1: role must be one of system, user, assistant"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2: content must be text, found None"),
+        ({"text": "\ud83d"}, r"a.jsonl:1: column 'text': found '\\ud83d' at character 0, allowed is Unicode text"),
+        ({"text": "x", "label": "a\ud83d"}, r"a.jsonl:1: column 'label': found '\\ud83d' at character 1"),
+        ({"messages": [USER, {"role": "assistant", "content": "\udc00"}]}, r"a.jsonl:1: message 2, as JSON: found"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, record, message):
-    write_jsonl(tmp_path / "a.jsonl", [record])
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=message):
         load_task(tmp_path / "a.jsonl")
 

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from deepseek_v3.configuration import preset
+from deepseek_v3.durable import file_sha256
 from deepseek_v3.hub import write_pretraining_card
 from deepseek_v3.training import pretrain
 from tests.training.helpers import pretrain_module, tiny_recipe, write_corpus
@@ -115,8 +116,12 @@ def test_what_lies_beside_the_card(run: tuple[Path, dict[str, Any]], record: dic
 def test_figures_measured_again_have_intervals(run: tuple[Path, dict[str, Any]], record: dict[str, Any]) -> None:
     figure = {"value": 1.25, "low": 1.125, "high": 1.5, "n": 40}
     text = {"name": "stdlib, held-out split", "sha256": "a" * 64, "length": 128, "bits_per_byte": figure}
-    (run[0] / "evaluation.json").write_text(json.dumps({"text": {"stdlib": text}}))
+    weights = {path.name: file_sha256(path) for path in run[0].glob("*.safetensors")}
+    (run[0] / "evaluation.json").write_text(json.dumps({"text": {"stdlib": text}, "files": weights}))
     card = write_pretraining_card(run[0], record).read_text()
+    others = dict.fromkeys(weights, "0" * 64)
+    (run[0] / "evaluation.json").write_text(json.dumps({"text": {"stdlib": text}, "files": others}))
+    assert "1.250 bits per byte" not in write_pretraining_card(run[0], record).read_text()
     (run[0] / "evaluation.json").unlink()
     assert "1.250 bits per byte, 95 % interval 1.125 to 1.500 over 40 rows of 128 tokens" in card
     result = ModelCard(card).data.eval_results[1]

@@ -404,6 +404,21 @@ def test_an_unfinished_or_altered_export(hub: FakeHub, folder: Path) -> None:
     refused(hub, folder, "additional_chat_templates/tools.jinja: not found, but the export wrote it")
 
 
+def test_figures_of_other_weights_stay_at_home(hub: FakeHub, folder: Path) -> None:
+    weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+    record = folder / "evaluation.json"
+    record.write_text(json.dumps({"files": weights}))
+    push(folder, "tester/model")
+    hub.requests.clear()
+    name = min(weights)
+    record.write_text(json.dumps({"files": {**weights, name: "0" * 64}}))
+    refused(hub, folder, f"evaluation.json: .* other weights .{name} had SHA-256 0+, found SHA-256 {weights[name]}")
+    record.write_text(json.dumps({"files": {"model-other.safetensors": "0" * 64}}))
+    refused(hub, folder, "evaluation.json: .* found no such file.: `deepseek-v3 evaluate")
+    record.write_text(json.dumps({"files": []}))
+    refused(hub, folder, "evaluation.json: files: found list, allowed is an object")
+
+
 @pytest.mark.parametrize("name", ["evaluation.json", "verify.json"])
 def test_a_record_that_was_cut_off_stays_at_home(hub: FakeHub, folder: Path, name: str) -> None:
     (folder / f"{name}.partial").write_text("{")

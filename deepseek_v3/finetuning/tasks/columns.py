@@ -1,10 +1,12 @@
 """The user's own data: the kind of task is told by the names of the columns."""
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any
 
 from ...data import Row, read_rows
+from ...data.sources import check_unicode
 from .fields import label_of, text_of
 from .task_data import SPLITS, Kind, TaskData, TaskRow, build_task, opening_of, split_by_hash
 
@@ -104,6 +106,7 @@ def _messages(row: Row, column: str) -> list[dict[str, Any]]:
             content = content or "calls"  # null in the common form
         if not isinstance(content, str) or not content.strip():
             raise ValueError(f"{row.where}: message {number}: content must be text, found {content!r:.60}")
+        check_unicode(json.dumps(message, ensure_ascii=False), f"{row.where}: message {number}, as JSON")
     return messages
 
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ...data import Row
+from ...data.sources import check_unicode
 
 
 def given_path(task: str, path: str | None) -> Path:
@@ -48,12 +49,13 @@ def text_of(row: Row, column: str) -> str:
     """The text in a column, as it is.
 
     Raises:
-        ValueError: no such column, not text, or blank.
+        ValueError: no such column, not text, blank, or no Unicode.
     """
     need_columns(row, column)
     value = row.fields[column]
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{row.where}: column {column!r} must hold text, found {value!r:.60}")
+    check_unicode(value, f"{row.where}: column {column!r}")
     return value
 
 
@@ -61,7 +63,7 @@ def label_of(row: Row, column: str, allowed: Collection[str] | None = None) -> s
     """The class in a column: text, or an integer or truth value as text.
 
     Raises:
-        ValueError: no such column, another type, blank, or not one of `allowed`.
+        ValueError: no such column, another type, blank, no Unicode, or not one of `allowed`.
     """
     need_columns(row, column)
     value = row.fields[column]
@@ -69,4 +71,5 @@ def label_of(row: Row, column: str, allowed: Collection[str] | None = None) -> s
     if not label.strip() or (allowed is not None and label not in allowed):
         expected = "text or an integer" if allowed is None else f"one of {sorted(allowed)}"
         raise ValueError(f"{row.where}: column {column!r} must be {expected}, found {value!r:.60}")
+    check_unicode(label, f"{row.where}: column {column!r}")
     return label
