@@ -23,7 +23,12 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, content: Any, allow_nan: bool = True) -> None:
     """Whole or not at all. With `allow_nan=False`, ValueError for a NaN, which is no JSON."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=allow_nan) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Whole or not at all, in UTF-8."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=allow_nan) + "\n", encoding="utf-8")
+    partial.write_text(content, encoding="utf-8")
     sync(partial)
     partial.rename(path)

@@ -1,10 +1,11 @@
-"""The small layers every block uses: linear, RMSNorm and the SwiGLU feed-forward network (dense, shared experts)."""
+"""The small layers every block uses: linear, embedding, RMSNorm and the SwiGLU feed-forward network (dense, shared experts)."""
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 from ..configuration import DeepseekV3Config
+from ..kernels.embedding import embedding
 from ..kernels.linear import linear
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 
@@ -27,6 +28,13 @@ class DeepseekV3Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return linear(input, self.weight, self.bias)
+
+
+class DeepseekV3Embedding(nn.Embedding):
+    """`nn.Embedding`, through `kernels.embedding`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return embedding(input, self.weight, self.padding_idx)
 
 
 def plain_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor | None:

@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..configuration import DeepseekV3Config
 from .attention import SHARED_KEY_FUNCTIONS, DeepseekV3Attention, visible_keys
 from .checkpoint import CheckpointMixin, own_config
-from .layers import DeepseekV3MLP, DeepseekV3RMSNorm
+from .layers import DeepseekV3Embedding, DeepseekV3MLP, DeepseekV3RMSNorm
 from .moe import DeepseekV3Experts, DeepseekV3MoE, DeepseekV3TopkRouter
 from .rope import DeepseekV3RotaryEmbedding
 
@@ -118,7 +118,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         config = self.config
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = DeepseekV3Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(DeepseekV3DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepseekV3RotaryEmbedding(config)

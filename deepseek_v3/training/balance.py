@@ -51,7 +51,8 @@ def update_routing_bias(model: nn.Module, speed: float) -> torch.Tensor:
 class RoutingBiasHook:
     """Optimizer pre-step hook: `optimizer.register_step_pre_hook(RoutingBiasHook(model))`.
 
-    Runs once per real optimizer step, so gradient accumulation is covered. `speed` may be changed between steps;
+    Runs once per real optimizer step, so gradient accumulation is covered; not where a gradient scaler for fp16 lets
+    a fused optimizer skip its step. `speed` may be changed between steps;
     `counts` holds the last step's loads `[L, E]`.
     """
 
@@ -60,7 +61,10 @@ class RoutingBiasHook:
         self.speed: float = model.config.bias_update_speed if speed is None else speed
         self.counts = torch.zeros(0, 0, dtype=torch.int64)
 
-    def __call__(self, *_: object) -> None:
+    def __call__(self, optimizer: object = None, *_: object) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler around the step of a fused optimizer
+        if found_inf is not None and found_inf.item():
+            return
         self.counts = update_routing_bias(self.model, self.speed)
 
 

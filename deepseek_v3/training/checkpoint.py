@@ -65,7 +65,7 @@ def save_state(
         sync(root)
     except Exception as error:  # safetensors and torch.save report a full disk as errors of their own
         shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(root).free
+        free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
         raise OSError(
             f"{final}: not saved ({error}); {free / 1e6:.0f} MB are free; earlier states are kept"
         ) from error

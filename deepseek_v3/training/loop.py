@@ -63,6 +63,9 @@ def fit(
     hook = RoutingBiasHook(model)
     handle = optimizer.register_step_pre_hook(hook)
     wrapped = accelerator.prepare(model) if accelerator.num_processes > 1 else model
+    if wrapped is model and (recipe.micro_batch_size or recipe.batch_size) < recipe.batch_size:
+        for parameter in model.parameters():  # bf16 loses what many micro-batches add; DDP takes no other dtype
+            parameter.grad_dtype = torch.float32
     model.train()
     batches = iterate_batches(
         dataset,
@@ -82,7 +85,7 @@ def fit(
             seed_step(recipe.seed, step, accelerator.process_index)
             batch = model_inputs(next(batches), recipe.document_mask, accelerator.device)
             losses = _accumulate(wrapped, batch, recipe, accelerator)
-            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip))
+            norm = _clip(model, recipe.grad_clip)
             if not math.isfinite(norm) or not math.isfinite(losses["loss"]):
                 raise NonFiniteError(
                     f"step {step}: loss {losses['loss']}, gradient norm {norm}; the step was not taken"
@@ -97,6 +100,7 @@ def fit(
         return recipe.steps
     finally:
         handle.remove()
+        accelerator.free_memory()  # it would keep the wrapper, and with it the model
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -131,6 +135,15 @@ def _accumulate(
     if dist.is_initialized():
         dist.all_reduce(totals)
     return dict(zip(names, (totals / accelerator.num_processes).tolist(), strict=True))
+
+
+def _clip(model: torch.nn.Module, largest: float) -> float:
+    """Scale the gradients to an L2 norm of at most `largest`; returns the norm before, summed in fp32."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
+    return float(norm)
 
 
 def _micro_batches(batch: dict[str, torch.Tensor], rows: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from ..data import bits_per_byte
+from ..durable import write_text
 from ..process import first_rank, say
 from .balance import LoadStatistics
 from .loop import StepResult
@@ -36,7 +37,7 @@ class Monitor:
         if path is not None:
             kept = [row for row in read_metrics(path) if row["step"] <= start_step]
             kept = [row for row in kept if "heldout_bits_per_byte" not in row]  # made again after the last step
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.title = title
         shown = first_rank() and sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=start_step, desc=title, unit="step", disable=not shown)

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..configuration import DeepseekV3Config, num_parameters
 from ..data import heldout_bits_per_byte, load_corpus
-from ..durable import write_json
+from ..durable import sync, write_json
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
 from ..process import any_rank, environment, keep_freed_memory, locked, say, stop_signals
 from .balance import routers
@@ -27,7 +27,16 @@ from .loop import StepResult, fit
 from .monitor import Monitor, plot_load, plot_loss, read_metrics
 from .optimizer import MasterAdamW, build_optimizer
 from .recipe import Recipe, kernels
-from .resuming import RECORD, check_same, check_same_tokenizer, check_shared, clear, fixed_fields, read_record
+from .resuming import (
+    RECORD,
+    check_alike,
+    check_same,
+    check_same_tokenizer,
+    check_shared,
+    clear,
+    fixed_fields,
+    read_record,
+)
 from .text import TextData, load_tokenizer, prepare_text
 
 # A prompt of the held-out text for samples and MTP acceptance, in characters.
@@ -76,6 +85,7 @@ def pretrain(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         if found is not None:
             check_same(found[1]["record"], corpus, recipe, found[0])
         tokenizer, identity = load_tokenizer(recipe, output, corpus, accelerator)
+        check_alike(recipe, corpus, identity)
         if found is not None:
             check_same_tokenizer(found[1]["record"], identity, found[0])
         provenance = {"recipe": fixed_fields(recipe), "corpus_sha256": corpus.sha256, "tokenizer": identity}
@@ -96,6 +106,8 @@ def data_parallel() -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
     kind = accelerator.distributed_type
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # on CPUs accelerate does not say so itself
+        kind = DistributedType.FSDP
     if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
         raise ValueError(
             f"accelerate: distributed_type is {kind.value}, allowed are NO and MULTI_GPU, MULTI_CPU and their like: "
@@ -116,8 +128,10 @@ def _run(
     main = accelerator.is_main_process
     made_with = environment(accelerator.device)  # now: sources may change while this runs
     tokenizer = data.tokenizer
-    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
-    config = recipe.config(**special, eos_token_id=tokenizer.eos_token_id)
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    if special["pad_token_id"] in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        special["pad_token_id"] = None  # nothing is padded here, and the embedding of a padding token never trains
+    config = recipe.config(**special)
     model, monitor, recent = _train(recipe, config, output, data, found, provenance, accelerator)
     results = _evaluate(recipe, output, data, model, monitor) if main else {}
     results["environment"] = made_with
@@ -286,9 +300,12 @@ def _finish(
     temporary = output / f".model.tmp-{os.getpid()}"
     model.save_pretrained(temporary)
     data.tokenizer.save_pretrained(temporary)
+    for path in (*temporary.rglob("*"), temporary):
+        sync(path)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     write_json(output / RECORD, record)
+    sync(output)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return record
 

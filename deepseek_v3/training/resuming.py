@@ -54,6 +54,21 @@ def check_shared(output: Path, progress: str) -> None:
         )
 
 
+def check_alike(recipe: Recipe, corpus: Corpus, identity: dict[str, Any]) -> None:
+    """Every process reads recipe, text and tokenizer itself, and a batch is cut from what all of them have.
+
+    Raises:
+        ValueError: they do not have the same; names which.
+    """
+    mine = {"recipe": dataclasses.asdict(recipe), "text": corpus.sha256, "tokenizer": identity}
+    every = all_ranks(mine)
+    for name, value in every[0].items():
+        if odd := [rank for rank, other in enumerate(every) if other[name] != value]:
+            raise ValueError(
+                f"{corpus.name}: processes {odd} have another {name} than process 0, allowed is the same in all"
+            )
+
+
 def read_record(output: Path, recipe: Recipe) -> dict[str, Any]:
     """The record of the finished run in `output`; {} if there is none."""
     path = output / RECORD
@@ -75,7 +90,7 @@ def clear(output: Path, everything: bool) -> None:
         leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
     if not everything:
         return
+    for name in (RECORD, "metrics.jsonl"):  # first: a record without its model would be that of a finished run
+        (output / name).unlink(missing_ok=True)
     for name in ("checkpoints", "tokenizer", "model"):
         shutil.rmtree(output / name, ignore_errors=True)
-    for name in (RECORD, "metrics.jsonl"):
-        (output / name).unlink(missing_ok=True)

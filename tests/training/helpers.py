@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_v3.configuration import preset
@@ -56,6 +57,16 @@ def tiny_recipe(output: Path, corpus: Path, **changes: Any) -> Recipe:
         "compare": False,
     }
     return Recipe(**{**values, **changes})
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model" / "model.safetensors")
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def fast_finish(monkeypatch: pytest.MonkeyPatch) -> None:

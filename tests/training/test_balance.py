@@ -102,6 +102,22 @@ def test_hook_fires_once_per_optimizer_step_of_a_plain_adamw() -> None:
     assert hook.counts.sum(1).tolist() == [2 * 16 * 3, 2 * 16 * 3, 2 * 15 * 3]
 
 
+def test_a_step_that_a_gradient_scaler_skips_moves_no_bias() -> None:
+    """A fused optimizer is called all the same, with `found_inf`."""
+    model = tiny_model(bias_update_speed=0.01).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    optimizer.register_step_pre_hook(RoutingBiasHook(model))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(model(**batch()).loss * float("inf")).backward()
+    scaler.step(optimizer)
+    assert not biases(model).any()
+    optimizer.zero_grad()
+    scaler.update()
+    scaler.scale(model(**batch()).loss).backward()
+    scaler.step(optimizer)
+    assert biases(model).any(dim=1).all()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_counts_once(reentrant: bool) -> None:
     counts = []

@@ -279,6 +279,15 @@ def test_a_full_disk_is_named_and_earlier_states_stay(
     assert names(root) == ["step-10"] and newest(root)[0] == root / "step-10"
 
 
+def test_a_disk_without_room_for_the_first_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(OSError, match=r"step-1: not saved .*No space left .* MB are free"):
+        save(tmp_path / "checkpoints", 1)
+
+
 def test_other_failures_of_a_save_leave_nothing_behind(tmp_path: Path) -> None:
     """safetensors and torch.save report a full disk as errors of their own."""
 

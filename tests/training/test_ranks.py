@@ -2,10 +2,12 @@
 
 import copy
 import os
+import shutil
 import sys
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +54,59 @@ def test_what_is_not_data_parallel_is_refused(
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
     with pytest.raises(ValueError, match=rf"distributed_type is {kind}, allowed are NO and MULTI_"):
         pretrain(tiny_recipe(tmp_path, corpus))
+
+
+def test_fsdp_on_cpus_is_refused_too(tmp_path: Path, corpus: Path) -> None:
+    """accelerate takes these settings there for MULTI_CPU."""
+
+    def job() -> None:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        pretrain(tiny_recipe(tmp_path, corpus))
+
+    for outcome in run_ranks(tmp_path / "ranks", job, seconds=30):
+        assert outcome.startswith("ValueError: accelerate: distributed_type is FSDP, allowed are NO"), outcome
+
+
+@pytest.mark.parametrize(("changed", "field"), [("text", "text"), ("steps", "recipe"), ("tokenizer", "tokenizer")])
+def test_ranks_that_train_on_something_else(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, changed: str, field: str
+) -> None:
+    """Each reads its own files, and the batch is cut from what all of them have."""
+    fast_finish(monkeypatch)
+    other = shutil.copytree(corpus, tmp_path / "node1" / corpus.name)
+    if changed == "text":
+        (other / "d3.txt").unlink()
+    read = pretrain_module.load_tokenizer
+
+    def load_tokenizer(*arguments: Any) -> Any:
+        tokenizer, identity = read(*arguments)
+        return tokenizer, {**identity, "sha256": os.environ["RANK"] if changed == "tokenizer" else "0"}
+
+    monkeypatch.setattr(pretrain_module, "load_tokenizer", load_tokenizer)
+
+    def job() -> None:
+        rank = int(os.environ["RANK"])
+        os.chdir(other.parent if rank else corpus.parent)
+        steps = 3 if rank and changed == "steps" else 2
+        pretrain(tiny_recipe(tmp_path / "run", Path(corpus.name), steps=steps))
+
+    for outcome in run_ranks(tmp_path / "ranks", job, seconds=30):
+        assert outcome == (
+            f"ValueError: {corpus.name}: processes [1] have another {field} than process 0, allowed is the same in all"
+        )
+
+
+def test_the_wrapper_goes_with_the_training(tmp_path: Path) -> None:
+    """accelerate keeps what it prepared: a second model would lie beside the first."""
+    recipe = tiny_recipe(tmp_path, tmp_path, steps=1)
+
+    def job() -> None:
+        model, accelerator = tiny_model(), pretrain_module.data_parallel()
+        optimizer = build_optimizer(model.parameters(), recipe)
+        fit(model, optimizer, synthetic_data(40), recipe, accelerator, lambda _: False)
+        assert not accelerator._models
+
+    assert run_ranks(tmp_path / "ranks", job, seconds=30) == ["done"] * 2
 
 
 def test_mtp_layers_without_a_loss_rest(tmp_path: Path) -> None:

@@ -1,18 +1,20 @@
 """Tokenizers that a run can and cannot use, said before the work; documents read back from the packed stream."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_v3.data import load_corpus, pack_documents, tokenize_documents
 from deepseek_v3.tokenization import DeepseekV3Tokenizer, train_tokenizer
 from deepseek_v3.tokenization.vocabulary import BOS, EOS, PAD
 from deepseek_v3.training import pretrain, text
 from deepseek_v3.training.evaluation import mtp_acceptance
 from deepseek_v3.training.text import documents
-from tests.training.helpers import tiny_model, tiny_recipe
+from tests.training.helpers import fast_finish, tiny_model, tiny_recipe
 
 
 @pytest.fixture
@@ -63,6 +65,22 @@ def test_a_tokenizer_without_padding_is_enough(tokenizer_without: Callable) -> N
         results.append(mtp_acceptance(model, tokenizer, ["abc", "abc def ghi jab"], max_new_tokens=6))
         assert (tokenizer.pad_token is None) == bool(tokens)
     assert results[0] == results[1] and results[0]["drafts"] > 0
+
+
+@pytest.mark.parametrize("pad", [EOS, BOS])
+def test_a_document_mark_that_pads_is_trained(
+    tmp_path: Path, corpus: Path, tokenizer_without: Callable, monkeypatch: pytest.MonkeyPatch, pad: str
+) -> None:
+    """`nn.Embedding` gives its padding token no gradient; packed text holds EOS and BOS and no padding."""
+    fast_finish(monkeypatch)
+    folder = Path(tokenizer_without(PAD))
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": pad}))
+    pretrain(tiny_recipe(tmp_path / "run", corpus, tokenizer=str(folder), steps=1))
+    model = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    tokenizer = DeepseekV3Tokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert tokenizer.pad_token == pad and model.config.pad_token_id is None
+    assert model.model.embed_tokens.weight[tokenizer.pad_token_id].any()
 
 
 def test_documents_of_a_packed_stream(corpus: Path, tokenizer_without: Callable) -> None:
