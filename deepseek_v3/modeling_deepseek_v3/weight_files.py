@@ -6,6 +6,7 @@ Nothing here executes or unpickles what it reads, memory is bounded by the heade
 import json
 import re
 from collections import Counter
+from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,7 +131,8 @@ def _inside(folder: Path, file: Path) -> bool:
 
 
 def scan_folder(folder: Path, variant: str | None = None) -> dict[str, TensorEntry]:
-    """All tensors of a checkpoint folder, sharded or not.
+    """All tensors of a checkpoint folder, sharded or not; but the frequencies of RoPE, which some files hold per layer
+    (Moonlight's) and the configuration tells.
 
     Raises:
         ValueError: no safetensors weights, an index that is malformed, names a file outside the folder, misses a file
@@ -143,7 +145,7 @@ def scan_folder(folder: Path, variant: str | None = None) -> dict[str, TensorEnt
         if single.exists():
             if not _inside(folder, single):
                 raise ValueError(f"{single}: links to {single.resolve()}, outside the model folder")
-            return read_header(single)
+            return _without_frequencies(read_header(single))
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         found = f"found {', '.join(pickles)}, but only safetensors are read" if pickles else "no weights found"
         raise ValueError(f"{folder}: {found}; expected {single.name} or {index.name}")
@@ -182,16 +184,20 @@ def scan_folder(folder: Path, variant: str | None = None) -> dict[str, TensorEnt
         name = absent[0]
         problem = f"has no tensor {name:.200}, though {index.name} says so ({len(absent)} such)"
         raise ValueError(f"{files[weight_map[name]]}: {problem}")
-    return entries
+    return _without_frequencies(entries)
 
 
-def find_nonfinite(folder: Path) -> list[str]:
+def _without_frequencies(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    return {name: entry for name, entry in entries.items() if not name.endswith(".self_attn.rotary_emb.inv_freq")}
+
+
+def find_nonfinite(folder: str | PathLike[str]) -> list[str]:
     """Names of the tensors that hold NaN or infinity, or FP8's codes of them. Reads one tensor at a time.
 
     Raises:
         ValueError: as `scan_folder`.
     """
-    entries, found = scan_folder(folder), []
+    entries, found = scan_folder(Path(folder)), []
     for path in dict.fromkeys(entry.file for entry in entries.values()):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():

@@ -168,7 +168,6 @@ def test_a_tensor_without_a_place_is_an_error(checkpoint: Path) -> None:
     tensors = read_tensors(checkpoint)
     for name, config in (
         ("model.layers.9.enorm.weight", {}),
-        ("model.layers.0.self_attn.rotary_emb.inv_freq", {}),
         ("score.weight", {}),
         ("model.layers.4.hnorm.weight", {"num_nextn_predict_layers": 1}),
     ):

@@ -261,6 +261,19 @@ def test_official_files_load(shards: int, dtype, tmp_path) -> None:
     assert_same_state(loaded, model.state_dict())
 
 
+@pytest.mark.parametrize("shards", [0, 3])
+def test_frequencies_of_rope_in_the_file_are_not_read(shards: int, model, tmp_path) -> None:
+    """Moonlight's files hold them per layer, as those of early Llamas did; stock leaves them out, too."""
+    tensors = official_tensors(model)
+    frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.full((4,), 9.0) for i in range(3)}
+    write_official(tmp_path, model.config, {**tensors, **frequencies}, shards)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_state(loaded, model.state_dict())
+    assert torch.equal(loaded.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    loaded.save_pretrained(tmp_path / "again")
+    assert not any("inv_freq" in name for name in saved_tensors(tmp_path / "again"))
+
+
 def test_mtp_copies_may_be_absent(model, tmp_path) -> None:
     tensors = official_tensors(model)
     for name in [n for n in tensors if n.endswith(("3.embed_tokens.weight", "shared_head.head.weight"))]:

@@ -336,7 +336,7 @@ def test_a_file_of_tiny_tensors_is_read_within_the_limits(folder) -> None:
 
 
 def test_weights_that_are_not_finite_can_be_found(folder) -> None:
-    assert find_nonfinite(folder) == []
+    assert find_nonfinite(str(folder)) == []
     tensors = load_file(folder / SINGLE)
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, folder / SINGLE)
