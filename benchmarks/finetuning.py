@@ -127,8 +127,8 @@ def table() -> None:
     for task in TASKS:
         print(f"\n{task}\n\n| | seeds | accuracy | macro-F1 | ROC AUC | ECE | general text, bits per byte |")
         print("|---|---|---|---|---|---|---|")
-        for method in dict.fromkeys(row["method"] for row in rows if row["task"] == task):
-            found = [row for row in rows if row["task"] == task and row["method"] == method]
+        for method, base in dict.fromkeys((row["method"], row.get("base")) for row in rows if row["task"] == task):
+            found = [r for r in rows if (r["task"], r["method"], r.get("base")) == (task, method, base)]
             cells = []
             for name in FIGURES[:4]:
                 values = [row[name]["value"] for row in found]

@@ -10,8 +10,8 @@ from ..modeling_deepseek_v3.checkpoint import check_tensors
 from ..modeling_deepseek_v3.weight_files import INDEX_NAME, read_header, read_json, scan_folder
 from .card import CARD, RECORD
 
-EXPORT, VERIFIED, EVALUATED = "export.json", "verify.json", "evaluation.json"
-RECORDS = (RECORD, "conversion.json", EXPORT, VERIFIED, EVALUATED)
+CONVERTED, EXPORT, VERIFIED, EVALUATED = "conversion.json", "export.json", "verify.json", "evaluation.json"
+RECORDS = (RECORD, CONVERTED, EXPORT, VERIFIED, EVALUATED)
 # Published if they are there, beside the weights. No pickles, no training arguments, no optimizer states.
 ALLOWED = frozenset(
     {
