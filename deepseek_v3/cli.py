@@ -104,6 +104,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("checkpoint", help="a folder")
     evaluate.add_argument("--text", nargs="+", default=[], help="texts for bits per byte")
     evaluate.add_argument("--tasks", nargs="+", default=[], help="built-in tasks (docs/finetuning.md)")
+    evaluate.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="an option of the tasks, as YAML"
+    )
+    evaluate.add_argument("--max-length", type=int, help="tokens per row of a task")
     evaluate.add_argument("--lm-eval", nargs="+", default=[], metavar="TASK", help="tasks of lm-evaluation-harness")
     evaluate.add_argument("--limit", type=int, help="rows of each task and text")
     evaluate.set_defaults(run=_evaluate)
@@ -221,6 +225,7 @@ def _finetune(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     _yield_busy_cores()
     from .conversion import convert
+    from .hub import write_conversion_card
 
     report = convert(
         args.source,
@@ -235,7 +240,8 @@ def _convert(args: argparse.Namespace) -> int:
     )
     for text, figures in report["bits_per_byte"].items():
         print(f"{text}: bits per byte " + ", ".join(f"{stage} {value:.3f}" for stage, value in figures.items()))
-    print(f"wrote {args.output}")
+    card = write_conversion_card(args.output)
+    print(f"wrote {args.output} and {card}")
     return 0
 
 
@@ -270,8 +276,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     _yield_busy_cores()
     from .evaluation import evaluate
     from .hub import figure_text
+    from .recipe import parse_fields
 
-    record = evaluate(args.checkpoint, text=args.text, tasks=args.tasks, lm_eval_tasks=args.lm_eval, limit=args.limit)
+    record = evaluate(
+        args.checkpoint,
+        text=args.text,
+        tasks=args.tasks,
+        task_options=parse_fields(args.set),
+        max_length=args.max_length,
+        lm_eval_tasks=args.lm_eval,
+        limit=args.limit,
+    )
     for name, results in {**record["text"], **record["tasks"], **record["lm_eval"]}.items():
         estimates = {key: found for key, found in results.items() if isinstance(found, dict) and "value" in found}
         print(f"{name:<26}{'  '.join(f'{key} {figure_text(found)}' for key, found in estimates.items())}")
@@ -304,16 +319,15 @@ def _push(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     import torch
-    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     from . import DeepseekV3ForCausalLM
-    from .tokenization import check_vocab
+    from .tokenization import check_vocab, load_tokenizer
 
     logging.disable_progress_bar()
     model = DeepseekV3ForCausalLM.from_pretrained(args.checkpoint).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint, trust_remote_code=False)
+    tokenizer = load_tokenizer(args.checkpoint)
     check_vocab(tokenizer, model.config.vocab_size)
     if args.chat:
         turn = [{"role": "user", "content": args.prompt}]

@@ -106,7 +106,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
 
 def warmup_cosine(warmup: int, total: int, floor: float) -> Callable[[int], float]:
-    """Linear warm-up, then cosine from 1 towards `floor`, which it reaches after the last step, as a factor by step."""
+    """Linear warm-up, then cosine from 1 to `floor`, reached after the last step, as a factor by step."""
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -156,6 +156,7 @@ def test_a_bad_set_is_named(item: str, tmp_path: Path, capsys: pytest.CaptureFix
         ("yaml", ["finetune", "r.yaml"], "train"),
         ("peft", ["finetune", "r.yaml"], "peft"),
         ("bitsandbytes", ["finetune", "r.yaml"], "quant"),
+        ("sklearn", ["finetune", "r.yaml"], "domains"),
     ],
 )
 def test_a_missing_extra_is_named(missing: str, command: list[str], extra: str) -> None:
@@ -169,6 +170,28 @@ def test_export_takes_options_of_the_format_only(tmp_path: Path, capsys: pytest.
     command = ["export", str(tmp_path), "--format", "bf16", "--output", str(tmp_path / "out")]
     assert cli.main([*command, "--set", "progress=false"]) == 1
     assert "found progress, allowed are dtype" in capsys.readouterr().err
+
+
+def test_what_evaluate_is_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    import deepseek_v3.evaluation
+
+    seen: dict = {}
+
+    def fake(checkpoint: str, **options: object) -> None:
+        seen.update(options, checkpoint=checkpoint)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(deepseek_v3.evaluation, "evaluate", fake)
+    options = ["--tasks", "german-credit", "--set", "fold=3", "--set", "drop_sensitive=false", "--max-length", "256"]
+    assert cli.main(["evaluate", "folder", *options]) == 1
+    assert {name: value for name, value in seen.items() if value} == {
+        "checkpoint": "folder",
+        "tasks": ["german-credit"],
+        "task_options": {"fold": 3, "drop_sensitive": False},
+        "max_length": 256,
+    }
+    assert cli.main(["evaluate", "folder", "--tasks", "german-credit", "--set", "fold"]) == 1
+    assert "'fold': expected FIELD=VALUE" in capsys.readouterr().err
 
 
 def test_every_extra_that_may_be_missing_exists() -> None:

@@ -1,7 +1,7 @@
 """Evaluation of a checkpoint: bits per byte, tasks, lm-evaluation-harness, speed and memory.
 
 `text`, `speed` and `estimates` stand below `export.verify`, which compares two checkpoints by the same figures. Only
-`tasks` needs the extras `train` and `peft`, and only `harness` needs `eval`.
+`tasks` needs the extras of `finetuning`, and only `harness` needs `eval`.
 """
 
 from .run import evaluate

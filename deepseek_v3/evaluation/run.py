@@ -2,12 +2,11 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..configuration import DeepseekV3Config, num_parameters
@@ -16,6 +15,7 @@ from ..durable import file_sha256, write_json
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from ..modeling_deepseek_v3.weight_files import read_json, scan_folder
 from ..process import environment, peak_memory, say
+from ..tokenization import load_tokenizer
 from .harness import harness_results
 from .speed import mtp_acceptance, throughput
 from .text import LENGTH, TextRows, check_count, read_text, text_anchors, text_results, text_rows
@@ -28,6 +28,8 @@ def evaluate(
     *,
     text: Sequence[str] = (),
     tasks: Sequence[str] = (),
+    task_options: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
     lm_eval_tasks: Sequence[str] = (),
     limit: int | None = None,
     length: int = LENGTH,
@@ -41,9 +43,12 @@ def evaluate(
     Args:
         checkpoint: a folder in any format that `from_pretrained` loads; a language model or a sequence classifier.
         text: sources of `evaluation.read_text`; a language model without any gets ``stdlib``.
-        tasks: as `evaluation.tasks.task_results` takes them (needs the extras `train` and `peft`).
+        tasks: as `evaluation.tasks.choose_task` takes them (needs the extras of `finetuning`).
+        task_options, max_length: of each of the tasks, as in a fine-tuning recipe. What is not given is as in the
+            folder's `run.json`, if that is of a fine-tuning on the task.
         lm_eval_tasks: as `evaluation.harness.harness_results` takes them (needs the extra `eval`).
-        limit: at most this many rows of each text, drawn by `seed`, and of each split of a task.
+        limit: at most this many rows of each text, drawn by `seed`, and of each split of a task; None takes all, or
+            what that `run.json` says.
         length: tokens per row of a text.
         anchors: also measure what the model has to beat: gzip, a 5-gram model, classical baselines.
 
@@ -52,18 +57,27 @@ def evaluate(
         the weights' files), `parameters`, and of this call `throughput`, `peak_memory_bytes`, `environment`, `date`.
 
     Raises:
-        ValueError: no such folder, an adapter, text or harness tasks for a classifier, a task that does not fit, two
-            sources of one name, a `limit` below 1, weights that are not finite; after the rest is written, figures
-            that are not.
+        ValueError: no such folder, an adapter, text or harness tasks for a classifier, a task that does not fit, rows
+            of a task that are not those of the folder's `run.json`, two sources of one name, a `limit` or `max_length`
+            below 1, weights that are not finite; after the rest is written, figures that are not.
     """
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
         kind = "an adapter: merge it first" if (folder / "adapter_config.json").is_file() else "no checkpoint"
         raise ValueError(f"{folder}: {kind}; allowed is a folder with config.json and weights")
     check_count("limit", limit)
-    named: dict[str, str] = {}
-    for task in tasks:
-        _add(named, "task", task, public_name(task.partition("=")[0]), task)
+    check_count("max_length", max_length)
+    chosen: dict[str, Any] = {}
+    if tasks:
+        from .tasks import choose_task, split_name, task_results  # needs peft and scikit-learn
+
+        named: dict[str, str] = {}
+        for task in tasks:
+            _add(named, "task", task, public_name(split_name(task)[0]), task)
+        for name, task in named.items():
+            chosen[name] = choose_task(folder, task, options=task_options, limit=limit, max_length=max_length)
+    elif task_options:
+        raise ValueError(f"task_options: found {', '.join(task_options)}, allowed with tasks only")
     logging.disable_progress_bar()
     config = DeepseekV3Config.from_pretrained(folder)
     classifier = "DeepseekV3ForSequenceClassification" in (config.architectures or ())
@@ -74,9 +88,7 @@ def evaluate(
     cls = DeepseekV3ForSequenceClassification if classifier else DeepseekV3ForCausalLM
     model = cls.from_pretrained(folder, device_map={"": device}).eval()
     _check_finite(model, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(folder)
 
     scored: dict[str, TextRows] = {}
     for source in () if classifier else text or ("stdlib",):
@@ -92,12 +104,9 @@ def evaluate(
         record["peak_memory_bytes"] = peak_memory(device)  # the model's; the anchors' comes after it
     for name, rows in scored.items() if anchors else ():
         found["text"][name]["anchors_bits_per_byte"] = text_anchors(rows, tokenizer)
-    if tasks:
-        from .tasks import task_results  # needs peft and scikit-learn
-
-        for name, task in named.items():
-            say(f"task {task}")
-            found["tasks"][name] = task_results(model, tokenizer, task, limit=limit, anchors=anchors)
+    for name, rows_of in chosen.items():
+        say("; ".join([f"task {name}: {len(rows_of.data.test)} rows", *rows_of.notes]))
+        found["tasks"][name] = task_results(model, tokenizer, rows_of, anchors=anchors)
     if lm_eval_tasks:
         found["lm_eval"] = harness_results(model, tokenizer, lm_eval_tasks, limit)
     if not scored:

@@ -170,11 +170,21 @@ class Adapter:
         Raises:
             ValueError: the record is no JSON, or too long.
         """
-        path = self.folder / RECORD
-        match read_json(path) if path.is_file() else None:
+        match self._record():
             case {"task": {"labels": [*labels]}} if all(isinstance(label, str) for label in labels):
                 return labels if len(set(labels)) == len(labels) else []
         return []
+
+    def was_trained_on_nf4(self) -> bool:
+        """Whether the run's record says that its base was quantized (QLoRA). Raises as `recorded_labels`."""
+        match self._record():
+            case {"recipe": {"quantize": "nf4"}}:
+                return True
+        return False
+
+    def _record(self) -> object:
+        path = self.folder / RECORD
+        return read_json(path) if path.is_file() else None
 
     def merge(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The official tensor `name` with the adapter, in the dtype of `tensor`, computed in fp32 at least."""

@@ -108,6 +108,10 @@ class Source:
 
     def _add(self, adapter: Adapter) -> None:
         self.adapter = adapter
+        if adapter.was_trained_on_nf4() and not (self.quantization or {}).get("load_in_4bit"):
+            found = f"recipe.quantize is 'nf4', but {self.folder} is not in NF4"
+            remedy = "export merged/, which `merge: true` of the same recipe writes without training again"
+            raise ValueError(f"{adapter.folder / RECORD}: {found}; {remedy}")
         if adapter.task_type in CLASSIFIERS:  # such models have neither lm_head nor MTP layers
             before, copies = self.names, self.copies
             self.config.architectures = [CLASSIFIERS[adapter.task_type]]

@@ -1,6 +1,6 @@
 """Fine-tuning: LoRA and QLoRA that reach the experts, progressive unfreezing, tasks of finance and medicine.
 
-Needs the extras `train`, `peft`, and for QLoRA `quant`.
+Needs the extras `train`, `peft`, `quant` and `domains`.
 """
 
 import logging

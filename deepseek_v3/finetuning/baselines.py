@@ -9,22 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.feature_extraction import DictVectorizer
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.pipeline import make_pipeline, make_union
+from sklearn.preprocessing import StandardScaler
 
 from .batches import Row, conversation
 from .metrics import Array
 from .reports import class_indices
 from .tasks import TaskData, TaskRow, prompt_of
-
-try:
-    from sklearn.ensemble import RandomForestClassifier
-    from sklearn.feature_extraction import DictVectorizer
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import log_loss
-    from sklearn.pipeline import make_pipeline, make_union
-    from sklearn.preprocessing import StandardScaler
-except ImportError as error:
-    raise ImportError("the baselines need scikit-learn: pip install scikit-learn") from error
 
 C_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)  # inverse strength of the L2 penalty
 
@@ -46,12 +42,15 @@ class Baseline:
 
 def classification_baselines(task: TaskData, seed: int = 0) -> list[Baseline]:
     """Every baseline that the task allows: majority, TF-IDF plain and class-balanced, and with attributes the table's.
+    From training rows of one class only the majority can be learned.
 
     Raises:
         ValueError: no classification, or no training rows.
     """
     if task.kind != "classification" or not task.train:
         raise ValueError(f"task {task.name!r}: baselines need labelled training rows; kind {task.kind!r}")
+    if len({row["label"] for row in task.train}) < 2:
+        return [majority(task)]
     found = [majority(task), tfidf(task), tfidf(task, balanced=True)]
     if "attributes" in task.train[0]:
         found += [table_logistic_regression(task), table_random_forest(task, seed)]

@@ -17,19 +17,26 @@ BATCH = 16  # rows of a forward pass that nothing is learned from
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example: token ids and, of the same length, labels (-100 where nothing is to be learned)."""
+    """One example: token ids and, of the same length, labels (-100 where nothing is to be learned); and whether its
+    end was cut off."""
 
     input_ids: list[int]
     labels: list[int]
+    truncated: bool = False
 
 
 def encode_classification(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, classes: Sequence[str], max_length: int
 ) -> list[dict[str, Any]]:
-    """`text`, `label` -> `input_ids` (cut at the end to `max_length`) and `labels`, the class's number."""
+    """`text`, `label` -> `input_ids` (cut at the end to `max_length`), `labels`, the class's number, and `truncated`,
+    whether anything was cut."""
     numbers = {name: number for number, name in enumerate(classes)}
-    ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=max_length)["input_ids"]
-    return [{"input_ids": i, "labels": numbers[row["label"]]} for i, row in zip(ids, rows, strict=True)]
+    found = tokenizer([row["text"] for row in rows], truncation=True, max_length=max_length).encodings
+    assert found is not None  # of a tokenizer that was read from tokenizer.json
+    return [
+        {"input_ids": one.ids, "labels": numbers[row["label"]], "truncated": bool(one.overflowing)}
+        for one, row in zip(found, rows, strict=True)
+    ]
 
 
 def pad_classification(batch: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
@@ -125,12 +132,13 @@ def cut(example: Encoded, length: int, split: bool) -> list[Encoded]:
     `split` takes all of a document: a piece begins with the last token of the one before it, so that every token is
     predicted once. Otherwise the end is cut off (conversations).
     """
+    truncated = not split and len(example.input_ids) > length
     starts = range(0, max(1, len(example.input_ids) - 1), length - 1) if split else (0,)
     pieces = []
     for start in starts:
         labels = [IGNORE_INDEX, *example.labels[start + 1 : start + length]]
         if any(label != IGNORE_INDEX for label in labels):
-            pieces.append(Encoded(example.input_ids[start : start + length], labels))
+            pieces.append(Encoded(example.input_ids[start : start + length], labels, truncated))
     return pieces
 
 

@@ -8,8 +8,9 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from .. import tokenization
 from ..configuration import DeepseekV3Config
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from ..modeling_deepseek_v3.weight_files import scan_folder
@@ -26,14 +27,11 @@ SHORT = 256
 
 
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a padding token: EOS where it has none. ValueError naming `base` if it has none."""
+    """`tokenization.load_tokenizer` of a recipe's base; ValueError naming `base` if it has none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        return tokenization.load_tokenizer(base)
     except (OSError, ValueError) as error:
         raise ValueError(f"base {base}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def build_model(
@@ -106,7 +104,8 @@ def base_folder(base: str | Path) -> Path:
 def as_language_model(model: nn.Module, base: str | Path) -> DeepseekV3ForCausalLM:
     """`model` itself, or a classifier's trunk (shared, adapters included) under the base's language-model head.
 
-    It is how forgetting is measured: the same weights answer for the task and for general text.
+    It is how forgetting is measured: the same weights answer for the task and for general text. ValueError naming
+    `base` if that is a classifier itself, without such a head.
     """
     inner = unwrapped(model)
     if isinstance(inner, DeepseekV3ForCausalLM):
@@ -117,7 +116,11 @@ def as_language_model(model: nn.Module, base: str | Path) -> DeepseekV3ForCausal
     if language.config.tie_word_embeddings:
         language.lm_head.weight = inner.model.embed_tokens.weight
     else:
-        with safe_open(scan_folder(base_folder(base))["lm_head.weight"].file, "pt") as weights:
+        stored = scan_folder(base_folder(base))
+        if "lm_head.weight" not in stored:
+            problem = "found no lm_head.weight (a classifier), so forgetting cannot be measured"
+            raise ValueError(f"base {base}: {problem}; allowed is general_text: null")
+        with safe_open(stored["lm_head.weight"].file, "pt") as weights:
             head = weights.get_tensor("lm_head.weight").to(inner.device, inner.dtype)
         language.lm_head.weight = nn.Parameter(head, requires_grad=False)
     return language

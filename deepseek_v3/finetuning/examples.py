@@ -32,7 +32,9 @@ class Examples:
         tokens: of the training rows, without padding.
         left_out: split -> conversations that have nothing to learn within `max_length`; of the validation rows among
             those that are looked at.
-        notes: of what is left out, in words.
+        truncated: split -> rows of classes and other conversations that are longer than `max_length`, so that their
+            end is cut off.
+        notes: of both, in words.
     """
 
     train: Sequence[Any]
@@ -40,6 +42,7 @@ class Examples:
     collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]]
     tokens: int
     left_out: dict[str, int]
+    truncated: dict[str, int]
     notes: list[str]
 
 
@@ -55,27 +58,46 @@ def make_examples(recipe: FinetuneRecipe, task: TaskData, tokenizer: PreTrainedT
     splits = {"train": task.train, "validation": [task.validation[i] for i in sorted(order)], "test": task.test}
     length, pad_id = recipe.max_length, tokenizer.pad_token_id
     if task.labels is not None:
-        train, validation = (
-            encode_classification(splits[name], tokenizer, task.labels, length) for name in ("train", "validation")
+        encoded = {name: encode_classification(rows, tokenizer, task.labels, length) for name, rows in splits.items()}
+        left_out = dict.fromkeys(splits, 0)
+        truncated = {name: sum(row["truncated"] for row in rows) for name, rows in encoded.items()}
+        return Examples(
+            train=encoded["train"],
+            validation=encoded["validation"],
+            collate=lambda batch: pad_classification(batch, pad_id),
+            tokens=sum(len(row["input_ids"]) for row in encoded["train"]),
+            left_out=left_out,
+            truncated=truncated,
+            notes=_notes(splits, left_out, truncated, length),
         )
-        tokens = sum(len(row["input_ids"]) for row in train)
-        nothing = dict.fromkeys(splits, 0)
-        return Examples(train, validation, lambda batch: pad_classification(batch, pad_id), tokens, nothing, [])
     pieces = {name: pieces_of(rows, task, tokenizer, length) for name, rows in splits.items()}
     left_out = {name: count_left_out(of_rows, task, name, length) for name, of_rows in pieces.items()}
     flat = {name: [piece for of_row in of_rows for piece in of_row] for name, of_rows in pieces.items()}
+    truncated = {name: sum(piece.truncated for piece in of_split) for name, of_split in flat.items()}
     return Examples(
         train=pack(flat["train"], length, pad_id),
         validation=pack(flat["validation"], length, pad_id),
         collate=stack,
         tokens=sum(len(piece.input_ids) for piece in flat["train"]),
         left_out=left_out,
-        notes=[
-            f"{count} of {len(splits[name])} rows of {name} have nothing to learn within max_length {length}"
-            for name, count in left_out.items()
-            if count
-        ],
+        truncated=truncated,
+        notes=_notes(splits, left_out, truncated, length),
     )
+
+
+def _notes(
+    splits: dict[str, list[dict[str, Any]]], left_out: dict[str, int], truncated: dict[str, int], length: int
+) -> list[str]:
+    counted = {
+        f"have nothing to learn within max_length {length}": left_out,
+        f"are longer than max_length {length}: their end is cut off": truncated,
+    }
+    return [
+        f"{count} of {len(splits[name])} rows of {name} {what}"
+        for what, counts in counted.items()
+        for name, count in counts.items()
+        if count
+    ]
 
 
 def pieces_of(

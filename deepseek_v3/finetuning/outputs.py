@@ -19,8 +19,9 @@ from .recipe import FinetuneRecipe
 RECORD = "run.json"
 RECIPE = "recipe.json"
 INPUTS = "inputs.json"  # digests of the fields `task` and `base`
-# What may change between the parts of one run.
+# What may change between the parts of one run; and, until it is finished, what only its record depends on.
 FREE = ("output_dir", "micro_batch_size", "report_to", "merge", "gradient_checkpointing")
+UNTIL_FINISHED = ("compare",)
 # Of a base, what the model and its tokens depend on; and how much of each file is read.
 BASE_FILES = ("config.json", "tokenizer*", "chat_template*", "*.safetensors*")
 BLOCKS, BLOCK_BYTES = 64, 2**18
@@ -32,13 +33,13 @@ def read_record(path: Path, recipe: FinetuneRecipe) -> dict[str, Any]:
     saved = record.get("recipe")
     if not isinstance(saved, dict) or not record.get("finished"):
         raise ValueError(f"{path}: not the record of a finished run; --restart trains it again")
-    _check_same(saved, recipe, path)
+    _check_same(saved, recipe, path, FREE)
     return record
 
 
 def check_recipe(output: Path, recipe: FinetuneRecipe) -> None:
-    """ValueError unless `output` holds a run of this recipe, but for the fields in `FREE`."""
-    _check_same(_read(output / RECIPE), recipe, output / RECIPE)
+    """ValueError unless `output` holds a run of this recipe, but for the fields in `FREE` and `UNTIL_FINISHED`."""
+    _check_same(_read(output / RECIPE), recipe, output / RECIPE, (*FREE, *UNTIL_FINISHED))
 
 
 def check_inputs(output: Path, recipe: FinetuneRecipe, inputs: Mapping[str, str | None]) -> None:
@@ -123,9 +124,9 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_same(saved: Mapping[str, Any], recipe: FinetuneRecipe, where: Path) -> None:
+def _check_same(saved: Mapping[str, Any], recipe: FinetuneRecipe, where: Path, free: tuple[str, ...]) -> None:
     for name, value in dataclasses.asdict(recipe).items():
-        if name not in FREE and saved.get(name) != value:
+        if name not in free and saved.get(name) != value:
             raise ValueError(
                 f"{where}: a run with {name} = {saved.get(name)!r}, the recipe has {value!r}; use another output_dir"
             )

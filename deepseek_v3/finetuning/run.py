@@ -164,6 +164,7 @@ def _run(recipe: FinetuneRecipe, output: Path, restart: bool) -> dict[str, Any]:
             "notes": notes,
             "rows": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
             "left_out": examples.left_out,
+            "truncated": examples.truncated,
         },
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,

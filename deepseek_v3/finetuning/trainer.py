@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -202,11 +202,28 @@ class FinetuneTrainer(Trainer):
         self.order = EpochOrder(len(data), self.args.seed, rows, lengths)
         return self.order
 
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        begun = super()._init_training_state(*args)
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir():  # what was saved is the path that it had then
+            self.state.best_model_checkpoint = str(best)
+        return begun
+
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed from the state after the last step
+        if self._is_over():
+            self.control.should_training_stop = True
             return
         self.order.epoch = epoch  # accelerate's own way does not reach the sampler of a resumed loader of many ranks
         super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def _is_over(self) -> bool:
+        """Whether the state after the last step was resumed, be it the recipe's last one or that of early stopping."""
+        stopped_early = any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
+        return stopped_early or self.state.global_step >= self.state.max_steps
 
     def _clip_grad_norm(self, model) -> Any:
         norm = super()._clip_grad_norm(model)

@@ -166,7 +166,7 @@ def results(task: str, dataset: str, split: str, digest: str, measured: Iterable
         found.append(
             EvalResult(
                 task_type=task,
-                dataset_type=re.sub(r"[^a-z0-9._-]+", "-", dataset.lower()).strip("-"),
+                dataset_type=re.sub(r"[^a-z0-9._-]+", "-", dataset.lower()).strip("-.") or "custom",
                 dataset_name=dataset,
                 dataset_split=split,
                 dataset_revision=digest,

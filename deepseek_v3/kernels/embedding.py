@@ -5,10 +5,10 @@ import torch.nn.functional as F
 
 
 def embedding(ids: torch.Tensor, weight: torch.Tensor, padding_idx: int | None = None) -> torch.Tensor:
-    """`weight[ids]`: `ids [...]` int, `weight [V, H]` -> `[..., H]`, differentiable; row `padding_idx` gets no gradient.
+    """`weight[ids]`: `ids [...]` int, `weight [V, H]` -> `[..., H]`, differentiable; `padding_idx` gets no gradient.
 
-    On a CPU torch adds a token's occurrences one by one in the weight's dtype: of 32,768 tokens of text a bf16 gradient
-    keeps two thirds of its norm. On a GPU it adds in fp32.
+    On a CPU torch adds a token's occurrences one by one in the weight's dtype: over 32,768 tokens of text a bf16
+    gradient keeps two thirds of its norm. On a GPU it adds in fp32.
     """
     if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.requires_grad:
         return _Lookup.apply(ids, weight, padding_idx)

@@ -1,4 +1,4 @@
-"""The small layers every block uses: linear, embedding, RMSNorm and the SwiGLU feed-forward (dense, shared experts)."""
+"""The small layers every block uses: linear, embedding, RMSNorm, SwiGLU feed-forward (dense, shared experts)."""
 
 import torch
 from torch import nn

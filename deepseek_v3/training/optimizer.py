@@ -19,5 +19,5 @@ def build_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Maste
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up over `warmup_steps`, then cosine towards `min_lr_ratio` of the peak, reached after the last step."""
+    """Linear warm-up over `warmup_steps`, then cosine to `min_lr_ratio` of the peak, reached after the last step."""
     return recipe.learning_rate * warmup_cosine(recipe.warmup_steps, recipe.steps, recipe.min_lr_ratio)(step)

@@ -78,6 +78,13 @@ def test_unusable_files_are_named(tmp_path, name, content, message):
         read_rows(tmp_path / name)
 
 
+def test_a_cell_of_a_csv_file_may_be_a_long_text(tmp_path):
+    """Longer than Python's own limit for one."""
+    text = "a report, " * 20_000
+    (tmp_path / "a.csv").write_text(f'text,label\n"{text}",b\n')
+    assert [row.fields for row in read_file_rows(tmp_path / "a.csv")] == [{"text": text, "label": "b"}]
+
+
 def test_datasets_splits_and_class_names(tmp_path):
     datasets = pytest.importorskip("datasets")
     classes = datasets.ClassLabel(names=["bad", "good"])

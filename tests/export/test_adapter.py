@@ -215,6 +215,23 @@ def test_a_record_that_cannot_be_read_is_named(classifier: Path, base: Path, con
         Source(base, classifier)
 
 
+def test_an_adapter_from_an_nf4_base_goes_into_no_other(adapter: Path, plain: Path, tmp_path: Path) -> None:
+    """NF4 moves weights by 9 %, and the adapter was trained on top of that."""
+    for quantize in ("none", "nf4"):
+        (adapter / "run.json").write_text(json.dumps({"finished": True, "recipe": {"quantize": quantize}}))
+        if quantize == "none":
+            Source(plain, adapter)
+    message = f"{adapter / 'run.json'}: recipe.quantize is 'nf4', but {plain} is not in NF4; export merged/, which"
+    for source in ((plain, adapter), (adapter,)):
+        with pytest.raises(ValueError, match=message):
+            Source(*source)
+    export(plain, tmp_path / "fp8", "fp8", progress=False)
+    with pytest.raises(ValueError, match="fp8 is not in NF4"):
+        Source(tmp_path / "fp8", adapter)
+    export(plain, tmp_path / "nf4", "nf4", progress=False)
+    Source(tmp_path / "nf4", adapter)
+
+
 def test_a_bf16_base_is_rounded_once(ragged: Path, tmp_path: Path) -> None:
     """PEFT rounds the update before it adds it, so that its own result is up to two roundings away."""
     model = trained(apply_lora(DeepseekV3ForCausalLM.from_pretrained(ragged), ["all"], rank=4))

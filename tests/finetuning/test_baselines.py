@@ -1,6 +1,7 @@
 """The baselines on small made-up tasks whose best result is known, and against pipelines written out by hand."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline, make_union
 
 from deepseek_v3.finetuning import baselines
-from deepseek_v3.finetuning.evaluate import retrieval_results
+from deepseek_v3.finetuning.evaluate import classification_results, retrieval_results
 from deepseek_v3.finetuning.metrics import accuracy, macro_f1, roc_auc
 from deepseek_v3.finetuning.reports import class_indices
 from deepseek_v3.finetuning.tasks.task_data import build_task
@@ -108,6 +109,16 @@ def test_a_class_without_training_rows_has_probability_zero():
     for found in (baselines.majority(less), baselines.tfidf(less)):
         assert found.test.shape == (60, 3) and not found.test[:, 1].any()
         np.testing.assert_allclose(found.test.sum(1), 1)
+
+
+@pytest.mark.parametrize("make", [sentiment, credit])
+def test_a_training_split_of_one_class_leaves_the_majority(make):
+    task = make()
+    one = [row for row in task.train if row["label"] == task.labels[0]]
+    (found,) = baselines.classification_baselines(replace(task, train=one))
+    assert found.name == "majority" and (found.test[:, 0] == 1).all()
+    share = np.mean([row["label"] == task.labels[0] for row in task.test])
+    assert classification_results(task, found.validation, found.test)["accuracy"]["value"] == share
 
 
 def test_table_baselines_read_numbers_and_categories():

@@ -139,6 +139,9 @@ def test_classification_is_cut_and_padded(tokenizer: PreTrainedTokenizerBase) ->
     full = [tokenizer(row["text"])["input_ids"] for row in rows]
     assert [row["input_ids"] for row in long] == full
     assert [row["input_ids"] for row in short] == [ids[:3] for ids in full] and len(full[0]) > 3
+    for length in map(len, full):
+        cut_rows = encode_classification(rows, tokenizer, ("bad", "good"), length)
+        assert [row["truncated"] for row in cut_rows] == [len(ids) > length for ids in full]
     batch = pad_classification(long, tokenizer.pad_token_id)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 8)
     for row, ids in enumerate(full):
@@ -196,10 +199,12 @@ def test_rows_are_as_full_as_they_get() -> None:
 def test_conversations_are_cut_off_and_documents_go_on() -> None:
     (example,) = numbered([12])
     (piece,) = cut(example, 5, split=False)
-    assert piece == Encoded([1, 2, 3, 4, 5], [IGNORE_INDEX, 2, 3, 4, 5])
+    assert piece == Encoded([1, 2, 3, 4, 5], [IGNORE_INDEX, 2, 3, 4, 5], truncated=True)
+    assert [piece.truncated for length in (11, 12) for piece in cut(example, length, split=False)] == [True, False]
     pieces = cut(example, 5, split=True)
     assert [piece.input_ids for piece in pieces] == [[1, 2, 3, 4, 5], [5, 6, 7, 8, 9], [9, 10, 11, 12]]
     assert all(piece.labels == [IGNORE_INDEX, *piece.input_ids[1:]] for piece in pieces)
+    assert not any(piece.truncated for piece in pieces)
     (question,) = numbered([12], first_label=8)
     assert cut(question, 8, split=False) == [] and pack_all([question], 8, 0, split=False) == []
 

@@ -103,30 +103,36 @@ def test_a_half_written_checkpoint_is_not_used(
     assert record["test"] == whole[1]["test"] and not checkpoints.exists()
 
 
+# The last step is inside an epoch; or a learning rate that is too high stops training early, after the best state.
+@pytest.mark.parametrize("changes", [{"max_steps": 3}, {"learning_rate": 0.5, "epochs": 20, "patience": 2}], ids=str)
 def test_a_run_killed_while_it_is_evaluated_trains_no_further(
-    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    """Its last step does not end an epoch."""
-    chosen = recipe(base, data / "two", tmp_path / "run", **{**LONG, "max_steps": 3})
+    """Not in another folder either, and there it finds the best state again."""
+    chosen = recipe(base, data / "two", tmp_path / "whole", **{**LONG, **changes})
+    whole = finetune(chosen)
+    losses = {row["step"]: row["eval_loss"] for row in whole["history"] if "eval_loss" in row}
+    early = min(losses, key=losses.__getitem__) < whole["steps"] < 20 * 4
+    assert early == (chosen.patience is not None)
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "evaluate_task", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            finetune(chosen)
-    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
-    assert newest is not None and newest.name == "checkpoint-3"
-    record = finetune(chosen)
-    assert record["steps"] == 3
-    assert figures(record) == figures(finetune(replace(chosen, output_dir=str(tmp_path / "whole"))))
-    assert_same_weights(tmp_path / "run" / "adapter", tmp_path / "whole" / "adapter")
+            finetune(replace(chosen, output_dir=str(tmp_path / "run")))
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    newest = newest_checkpoint(moved / "checkpoints")
+    assert newest is not None and newest.name == f"checkpoint-{whole['steps']}"
+    assert figures(finetune(replace(chosen, output_dir=str(moved)))) == figures(whole)
+    assert_same_weights(moved / "adapter", tmp_path / "whole" / "adapter")
 
 
 def test_a_folder_may_be_moved_and_other_free_fields_changed(
     base: Path, data: Path, part: Path, tmp_path: Path, whole: tuple[Path, dict[str, Any]]
 ) -> None:
     moved = part.rename(tmp_path / "moved")
-    free = {"micro_batch_size": 2, "merge": True, "gradient_checkpointing": True}
+    free = {"micro_batch_size": 2, "merge": True, "gradient_checkpointing": True, "compare": True}
     record = finetune(recipe(base, data / "two", moved, **LONG, dropout=0.2, **free))
     assert record["steps"] == 12 and set(record["artifacts"]) == {"adapter", "merged"}
+    assert record["recipe"]["compare"] and "majority" in record["baselines"]
     best = [row["eval_loss"] for row in record["history"] if "eval_loss" in row]
     assert best[:2] == [row["eval_loss"] for row in whole[1]["history"] if "eval_loss" in row][:2]
 
@@ -157,6 +163,8 @@ def test_a_finished_run_is_not_repeated(
     chosen = recipe(base, data / "two", output, **LONG, dropout=0.2)
     assert finetune(chosen) == record and finetune(replace(chosen, micro_batch_size=1)) == record
     assert "this run is finished (12 steps); --restart trains it again" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"{output / 'run.json'}: a run with compare = False, the recipe has True"):
+        finetune(replace(chosen, compare=True))
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,12 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from deepseek_v3.data import heldout_bits_per_byte, load_corpus, pack_documents
 from deepseek_v3.finetuning import FinetuneRecipe, finetune, load_adapter, load_task
+from deepseek_v3.finetuning.batches import encode_chat, encode_text
 from deepseek_v3.finetuning.build import as_language_model, build_model, load_tokenizer
 from deepseek_v3.finetuning.changes import expert_movement
 from deepseek_v3.finetuning.evaluate import classification_results, evaluate_task
@@ -437,6 +441,35 @@ def test_a_base_that_cannot_be_loaded_is_named(data: Path, tmp_path: Path) -> No
         with pytest.raises(ValueError, match=f"base {base}: its tokenizer cannot be loaded") as caught:
             finetune(recipe(base, data / "two", tmp_path / "run"))
         assert "\n" not in str(caught.value)
+        assert ("found no tokenizer.json" in str(caught.value)) == base.exists()
+
+
+def test_a_tokenizer_that_is_code_is_not_guessed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without running the code transformers would convert tiktoken.model, with a split pattern that is not its own."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    for file in (*folder.glob("tokenizer*"), *folder.glob("*.jinja")):
+        file.unlink()
+    ranks = {bytes([i]): i for i in range(256)}
+    monkeypatch.setattr(TikTokenConverter, "load_tiktoken_bpe", lambda *_: ranks)
+    (folder / "tiktoken.model").write_text("".join(f"{b64encode(key).decode()} {i}\n" for key, i in ranks.items()))
+    names = {"auto_map": {"AutoTokenizer": ["tokens.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
+    own = load_tokenizer(str(base))
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"eos_token": own.eos_token}))
+    (folder / "tokens.py").write_text("raise SystemExit(7)")
+    with pytest.raises(ValueError, match=f"base {folder}: its tokenizer cannot be loaded: {folder}: found no token"):
+        load_tokenizer(str(folder))
+    shutil.copy(base / "tokenizer.json", folder)
+    assert load_tokenizer(str(folder)).get_vocab() == own.get_vocab()
+
+
+def test_forgetting_of_a_classifier_is_refused(finished: Finished, tmp_path: Path) -> None:
+    """Before anything is trained or written."""
+    chosen, _, output = finished("head")
+    again = replace(chosen, base=str(output / "model"), output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=f"base {output}/model: found no lm_head.weight .* general_text: null"):
+        finetune(again)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+    assert finetune(replace(again, general_text=None))["general_bits_per_byte"] == {}
 
 
 def long_rows(data: Path, folder: Path, counts: dict[str, int]) -> Path:
@@ -454,15 +487,40 @@ def test_rows_without_anything_to_learn_are_counted(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = long_rows(data, tmp_path / "data", {"train": 14, "test": 1})
+    *rows, last = (folder / "train.jsonl").read_text().splitlines()
+    messages = json.loads(last)["messages"]
+    messages[2]["content"] = "late " * 120  # an answer that is cut in the middle
+    (folder / "train.jsonl").write_text("\n".join([*rows, json.dumps({"messages": messages})]))
     record = finetune(recipe(base, folder, tmp_path / "run", max_steps=1))
     assert record["task"]["left_out"] == {"train": 14, "validation": 0, "test": 1}
+    assert record["task"]["truncated"] == {"train": 1, "validation": 0, "test": 0}
     assert record["task"]["rows"] == {"train": 16, "validation": 6, "test": 8}
     assert (record["test"]["n"], record["test"]["n_left_out"]) == (7, 1)
     learn = "have nothing to learn within max_length 48"
     notes = [f"14 of 16 rows of train {learn}", f"1 of 8 rows of test {learn}"]
-    assert record["task"]["notes"][-2:] == notes
+    notes += ["1 of 16 rows of train are longer than max_length 48: their end is cut off"]
+    assert record["task"]["notes"][-3:] == notes
     printed = capsys.readouterr().out
     assert all(f"  {note}" in printed for note in notes)
+
+
+@pytest.mark.parametrize("kind", ["two", "messages", "text"])
+def test_rows_that_are_cut_are_counted(base: Path, data: Path, tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
+    """But for texts, which go on in the next piece."""
+    task = load_task(data / kind)
+    rows = {"train": task.train, "validation": task.validation, "test": task.test}
+    encode = encode_chat if kind == "messages" else encode_text
+    lengths = {name: [len(encode(row, tokenizer).input_ids) for row in of] for name, of in rows.items()}
+    length = sorted(lengths["train"])[-4]
+    if kind == "two":  # without the end token
+        lengths = {name: [each - 1 for each in of] for name, of in lengths.items()}
+    examples = make_examples(recipe(base, data / kind, base, max_length=length), task, tokenizer)
+    longer = {name: sum(each > length for each in of) for name, of in lengths.items()}
+    assert 0 < longer["train"] < 4 and longer["test"] > 0
+    assert examples.truncated == (longer if kind != "text" else dict.fromkeys(rows, 0))
+    assert examples.left_out == dict.fromkeys(rows, 0)
+    cut = [f"{count} of {len(rows[name])} rows of {name} are longer" for name, count in longer.items() if count]
+    assert [note.split(" than max_length")[0] for note in examples.notes] == (cut if kind != "text" else [])
 
 
 @pytest.mark.parametrize("split, count", [("train", 16), ("validation", 6), ("test", 8)])

@@ -447,6 +447,21 @@ def test_numbers_as_labels_keep_their_order(tmp_path):
     assert load_task(path).labels == tuple(str(i) for i in range(11))
 
 
+def test_labels_that_look_alike(tmp_path):
+    """A space makes no class. Upper and lower case may: 'bbb' and 'BBB' are different ratings."""
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"text": f"text {i}", "label": (0, 1, " 1", "no ", "no", "no\t")[i % 6]} for i in range(120)])
+    with pytest.raises(ValueError, match=r"labels ' 1', '1'; 'no', 'no\\t', 'no ' differ only in the space"):
+        load_task(path)
+    write_jsonl(path, [{"text": f"text {i}", "label": ("BBB", "bbb", "CCC")[i % 3]} for i in range(120)])
+    task = load_task(path)
+    assert task.labels == ("BBB", "CCC", "bbb")
+    assert "labels 'BBB', 'bbb' differ only in case and are classes of their own" in task.notes
+    write_jsonl(path, [{"text": f"text {i}", "label": (" a", " b")[i % 2]} for i in range(120)])
+    task = load_task(path)
+    assert task.labels == (" a", " b") and not any("differ" in note for note in task.notes)
+
+
 def test_tool_calls_may_have_no_content_and_completions_end_with_the_assistant(tmp_path):
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     asked = {"role": "user", "content": "What is it?"}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from deepseek_v3.hub.card import load_card, write_card
+from deepseek_v3.hub.card import Measured, load_card, results, write_card
 from tests.hub.conftest import CARD
 
 KEPT = "is not as it was written here, and is kept; delete it for a new one"
@@ -51,3 +51,9 @@ def test_an_empty_form_is_replaced(tmp_path: Path) -> None:
     assert write_card(tmp_path, CARD).read_text().startswith(CARD)
     (tmp_path / "README.md").write_text(filled := form.replace("Model Card for Model ID", "Mine"))
     assert write_card(tmp_path, CARD).read_text() == filled
+
+
+@pytest.mark.parametrize("name, type", [("信用数据", "custom"), ("信用.jsonl", "jsonl"), ("My Rows", "my-rows")])
+def test_a_data_set_may_have_any_name(name: str, type: str) -> None:
+    (result,) = results("text-generation", name, "test", "0" * 64, [Measured("accuracy", "accuracy", {"value": 0.5})])
+    assert (result.dataset_type, result.dataset_name) == (type, name)

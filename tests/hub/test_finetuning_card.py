@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
 from deepseek_v3.finetuning import finetune
 from deepseek_v3.hub import figure_text, write_finetuning_cards
 from deepseek_v3.hub.finetuning_card import FIGURES
+from deepseek_v3.quantization import quantized_fraction
 from tests.finetuning.runs import recipe, save_base, write_data
 
 Run = tuple[Path, dict[str, Any]]
@@ -27,6 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         "lora": ("two", {"compare": True, "merge": True, **general}),
         "chat": ("messages", {"generate": 2, "merge": True, **general}),
         "full": ("three", {"method": "full", "unfreezing": {}, "preset": "few-shot", "learning_rate": None}),
+        "qlora": ("two", {"quantize": "nf4", "merge": True}),
     }
     found = {}
     for name, (kind, changes) in variants.items():
@@ -106,11 +109,27 @@ def test_every_figure_is_the_record_s(runs: dict[str, Run], name: str) -> None:
         assert f"holds {record['experts']['share_of_top_tenth']:.0%} of the squared" in flat
         if name == "lora":
             at = record["test"]["at_validation_recall"]
-            assert f"threshold {at['threshold']:.3f}, which finds 90% of the positive" in flat
+            assert f"threshold {at['threshold']:.4g}, which finds 90% of the validation rows of class `none`:" in flat
             for key in ("sensitivity", "specificity", "review_rate"):
                 assert f" {figure_text(at[key])}" in flat
         else:
             assert "At the threshold" not in flat
+        rouge = "On 8 test rows, one run with seed 0; ROUGE-L on the answers to 2 of them. In brackets"
+        assert (rouge in flat) == (name == "chat")
+
+
+def test_a_small_threshold_is_not_zero(run: Run) -> None:
+    """As of a class that is rare."""
+    run[1]["test"]["at_validation_recall"]["threshold"] = 0.00041237
+    assert "At the threshold 0.0004124, which" in cards(run)["merged"]
+
+
+def test_the_review_rate_says_where_its_threshold_is_from(run: Run) -> None:
+    """And is no figure to be compared elsewhere."""
+    card = cards(run)["merged"]
+    header, *_ = tables(card, "Results")
+    assert "review rate at 90 % recall (threshold from these rows: a lower bound)" in header
+    assert "review_rate" in run[1]["test"] and "review" not in card.split("---\n")[1]
 
 
 def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -208,26 +227,32 @@ def test_the_figures_are_in_the_model_index(runs: dict[str, Run], name: str) -> 
     for folder in cards(runs[name]):
         found = ModelCard.load(runs[name][0] / folder / "README.md").data.eval_results
         shown = {key: record["test"][key] for key in FIGURES if record["test"].get(key)}
+        shown.pop("review_rate_at_recall", None)
         assert {r.metric_type: r.metric_value for r in found} == {k: round(v["value"], 6) for k, v in shown.items()}
         for result in found:
             figure = shown[result.metric_type]
             known = figure["low"] is not None
             interval = f", 95 % interval {figure['low']:.4g} to {figure['high']:.4g}" if known else ""
-            assert result.metric_name == f"{FIGURES[result.metric_type]}{interval}, n = 8 rows"
+            n = 2 if result.metric_type == "rouge_l" else 8
+            assert result.metric_name == f"{FIGURES[result.metric_type]}{interval}, n = {n} rows"
             assert result.dataset_revision == record["task"]["sha256"] and result.dataset_split == "test"
 
 
-@pytest.mark.parametrize("name", ["lora", "chat", "full"])
+@pytest.mark.parametrize("name", ["lora", "chat", "full", "qlora"])
 def test_the_code_in_the_card_runs(runs: dict[str, Run], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = {}
     for folder, card in cards(runs[name]).items():
         monkeypatch.chdir(runs[name][0] / folder)
         (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
         scope: dict[str, Any] = {}
         exec(code, scope)
         assert type(scope["model"]).__name__.startswith("PeftModel") == (folder == "adapter")
+        assert (quantized_fraction(scope["model"]) > 0) == (name == "qlora" and folder == "adapter")
         inputs = scope["tokenizer"](["late debt", "paid"], return_tensors="pt", padding=True)
-        logits = scope["model"](**inputs).logits
-        assert logits.shape[0] == 2 and logits.shape[-1] == {"lora": 2, "chat": 400, "full": 3}[name]
+        found = logits[folder] = scope["model"](**inputs).logits
+        assert found.shape[0] == 2 and found.shape[-1] == {"chat": 400, "full": 3}.get(name, 2)
+    if "merged" in logits:
+        torch.testing.assert_close(logits["adapter"], logits["merged"], rtol=1e-3, atol=1e-4)
 
 
 def test_a_figure_without_an_interval_or_value(run: Run) -> None:
@@ -249,6 +274,7 @@ def test_what_a_card_says_of_its_domain_groups_and_licence(run: Run) -> None:
         assert words in cards(run)["adapter"]
     run[1]["task"]["licence"], run[1]["test"]["n_groups"], run[1]["experts"] = "CC-BY-4.0", 4, {}
     card = cards(run)["adapter"].replace("\n", " ")
+    assert "n = 8 rows in 4 groups" in card
     assert "Licence: CC-BY-4.0." in card and "over the test groups" in card and "experts did not move" in card
 
 

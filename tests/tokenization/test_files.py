@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from deepseek_v3.tokenization import DeepseekV3Tokenizer
+from deepseek_v3.tokenization import DeepseekV3Tokenizer, load_tokenizer
 
 
 @pytest.fixture()
@@ -120,3 +120,15 @@ def test_split_patterns_stay_fast_on_awkward_text(trained):
     """What stalls a backtracking engine: long runs that almost match. Oniguruma would panic, not only be slow."""
     for run in ("a", " ", "\n", " \n", "1", "!", "\u0301", "\t", "中"):
         assert trained(run * 20_000 + "\x00").input_ids
+
+
+def test_only_tokenizer_json_is_read(trained, tmp_path):
+    """And a folder without it is told from one that is not there."""
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
+    (tmp_path / "tiktoken.model").touch()
+    with pytest.raises(ValueError, match=f"{tmp_path}: found no tokenizer.json; code of the repository's own is not"):
+        load_tokenizer(tmp_path)
+    trained.save_pretrained(tmp_path)
+    assert type(load_tokenizer(tmp_path)) is DeepseekV3Tokenizer
+    with pytest.raises(OSError, match="nowhere"):
+        load_tokenizer(tmp_path / "nowhere")

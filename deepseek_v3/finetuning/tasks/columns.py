@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ...data import Row, read_rows
@@ -28,7 +28,8 @@ def own_data(
         text_answers: conversations must end with a text, which can be scored; otherwise they may end with tool calls.
 
     Raises:
-        ValueError: naming file and row of a missing column, an empty text or a malformed message.
+        ValueError: naming file and row of a missing column, an empty text or a malformed message; labels that differ
+            only in the space around them.
     """
     read = read_rows(source)
     first = next(iter(read.splits.values()))[0]
@@ -49,6 +50,8 @@ def own_data(
         opening = "prompt up to the user's first turn" if kind == "chat" else "text"
         notes.append(f"{' and '.join(missing)} drawn by SHA-256 of the {opening}, seed {seed}")
     labels = _labels(splits, positive, source) if kind == "classification" else None
+    if cases := _alike(labels or (), str.casefold):
+        notes.append(f"labels {cases} differ only in case and are classes of their own")
     return build_task(
         source, kind, splits, labels=labels, licence=read.licence, source=source, notes=notes, seed=seed, limit=limit
     )
@@ -119,6 +122,9 @@ def _check_answer(row: Row, made: TaskRow) -> None:
 
 def _labels(splits: dict[str, list[TaskRow]], positive: str | None, source: str) -> tuple[str, ...]:
     labels = sorted({row["label"] for rows in splits.values() for row in rows})
+    if spaced := _alike(labels, str.strip):
+        problem = "differ only in the space around them; allowed is one spelling of a class"
+        raise ValueError(f"{source}: labels {spaced} {problem}")
     if all(re.fullmatch(r"-?\d+", label) for label in labels):
         labels.sort(key=int)  # so that the number of a class is its place
     if len(labels) < 2:
@@ -128,6 +134,14 @@ def _labels(splits: dict[str, list[TaskRow]], positive: str | None, source: str)
             raise ValueError(f"{source}: positive must be one of two labels, found {positive!r} for {labels}")
         labels.sort(key=lambda label: label == positive)
     return tuple(labels)
+
+
+def _alike(labels: Iterable[str], form: Callable[[str], str]) -> str:
+    """Those of the labels that are equal in `form`, in words: ``'a', 'a '; 'b', ' b'``; empty where none are."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault(form(label), []).append(label)
+    return "; ".join(", ".join(map(repr, group)) for group in groups.values() if len(group) > 1)
 
 
 def _cut_text(text: str, source: str) -> dict[str, list[TaskRow]]:
