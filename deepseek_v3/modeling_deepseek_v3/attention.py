@@ -22,7 +22,7 @@ from transformers.utils.import_utils import is_tracing
 from ..configuration import DeepseekV3Config
 from ..kernels.dispatch import uses_triton
 from ..kernels.mla_attention import mla_attention
-from ..kernels.mla_decode import mla_decode
+from ..kernels.mla_decode import fits, mla_decode
 from ..kernels.rope import rotate_queries_and_key_
 from .continuous_batching import PagedAttentionCache, update_paged_cache
 from .layers import DeepseekV3Linear, DeepseekV3RMSNorm, plain_weight
@@ -133,6 +133,13 @@ def visible_keys(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
     return torch.where(real, starts, total).to(torch.int32), end
 
 
+def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
+    """What a matrix product multiplies a tensor like `x` in: autocast's dtype where that is on, else its own."""
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
 # Attention functions that take the rotary key once for all heads, by their `attn_implementation`.
 SHARED_KEY_FUNCTIONS = {"deepseek_v3": shared_key_attention}
 AttentionInterface.register("deepseek_v3", shared_key_attention)
@@ -196,7 +203,7 @@ class DeepseekV3Attention(nn.Module):
         elif isinstance(cache, PagedAttentionCache):
             latent, key_rope = update_paged_cache(cache, latent, key_rope, self.layer_idx, kwargs)
 
-        if self._absorbs(length, latent, attention_mask):
+        if self._absorbs(queries, latent, key_rope, attention_mask):
             output, weights = self._absorbed(queries, latent, key_rope, attention_mask), None
         else:
             output, weights = self._expanded(queries, latent, key_rope, attention_mask, **kwargs)
@@ -208,16 +215,18 @@ class DeepseekV3Attention(nn.Module):
             return self.q_proj(hidden_states)
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
 
-    def _absorbs(self, length: int, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+    def _absorbs(
+        self, queries: torch.Tensor, latent: torch.Tensor, key_rope: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> bool:
         """Whether the absorbed form is right here, and cheaper."""
-        total = latent.shape[2]
+        length, total = queries.shape[1], latent.shape[2]
         if total <= length or (self.training and self.attention_dropout):
             return False
         if self.config._attn_implementation.removeprefix("paged|") == "eager":  # the definition, with its weights
             return False
-        if (
-            uses_triton(latent) and torch.is_grad_enabled() and latent.requires_grad
-        ):  # mla_decode has no gradient there
+        if not queries.dtype == latent.dtype == key_rope.dtype == _dtype_of_products(latent):
+            return False
+        if not (fits(latent) and fits(key_rope)):
             return False
         # A longer cache without a mask means "causal over an empty static cache" unless there is one query.
         # Masks other than a [B, 1, S, T] tensor (FlashAttention's 2-D, FlexAttention's block mask) stay with those.
@@ -227,7 +236,11 @@ class DeepseekV3Attention(nn.Module):
             usable_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4
         if not usable_mask or self._absorbed_flops(length, total) >= self._expanded_flops(length, total):
             return False
-        return plain_weight(self.kv_b_proj, latent.dtype) is not None
+        weight = plain_weight(self.kv_b_proj, latent.dtype)
+        if weight is None:
+            return False
+        recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (queries, latent, key_rope, weight))
+        return not (recorded and uses_triton(latent))  # mla_decode has no gradient there
 
     def _expanded_flops(self, length: int, total: int) -> int:
         """Multiply-adds per head of the expanded form: expand the whole cache, then attend."""

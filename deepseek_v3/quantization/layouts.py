@@ -93,7 +93,7 @@ class FP8Blocks(Layout):
 
     def dequantize(self, parts: Parts, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
         codes, scale = parts["weight"], parts["weight_scale_inv"].float()
-        if codes.device.type != "cpu" and self.block == (TILE, TILE):
+        if self.block == (TILE, TILE) and _multiplies_e4m3(codes):
             return dequantize_weight_fp8(codes, scale, dtype)
         output = torch.empty(codes.shape, dtype=dtype, device=codes.device)
         rows, columns = self.block
@@ -112,6 +112,7 @@ class FP8Blocks(Layout):
 
 
 def _multiplies_e4m3(x: torch.Tensor) -> bool:
+    """Whether x's device has E4M3: the kernels of `fp8_quant` and `fp8_gemm` do not compile for others."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
 
 

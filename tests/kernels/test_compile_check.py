@@ -21,7 +21,7 @@ def compiling(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("arch", ["80", "90", "100"])
+@pytest.mark.parametrize("arch", ["80", "89", "90", "100"])
 def test_every_kernel_compiles(arch: str) -> None:
     result = compile_check(arch)
     assert result.returncode == 0, result.stderr

@@ -60,6 +60,20 @@ def test_mixed_dtypes_promote_as_in_torch(device, triton_kernels) -> None:
     assert rms_norm(x, weight.float(), EPS).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_sum_of_mixed_dtypes_is_not_rounded_to_the_narrower(dtypes, device, triton_kernels) -> None:
+    """Under autocast a projection's output is bf16 and the residual fp32."""
+    x, residual, weight = inputs((5, 64), torch.float32, device)
+    mixed = x.to(dtypes[0]), residual.to(dtypes[1]), weight
+    found, grads = run(add_rms_norm, *mixed, eps=EPS)
+    expected, expected_grads = run(reference.add_rms_norm, *mixed, eps=EPS)
+    for a, b in zip(found + grads, expected + expected_grads, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    assert found[1].dtype == torch.float32 and torch.equal(found[1], mixed[0] + mixed[1])
+    assert_compiles(add_rms_norm, *mixed, eps=EPS)
+
+
 def test_a_slice_of_wider_rows(device, triton_kernels) -> None:
     wide = torch.randn(2, 9, 97 + 31, device=device)
     weight = torch.randn(97, device=device)

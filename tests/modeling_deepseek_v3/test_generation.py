@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
@@ -65,6 +66,27 @@ def test_text_is_that_of_stock(model, stock, absorbed, arguments, seed):
             arguments = {**arguments, "disable_compile": True}
         texts.append(generator.generate(**padded(), **{**GREEDY, **arguments}))
     assert torch.equal(*texts)
+    assert True in absorbed
+
+
+def test_autocast_on_fp32_weights_is_as_close_to_fp32_as_stock_is(model, stock, absorbed):
+    """The norm's fp32 weight makes the latent fp32, while queries and rotary key are bf16."""
+    mask = F.pad(padded()["attention_mask"], (0, 15), value=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        text = model.generate(**padded(), **GREEDY, output_logits=True, return_dict_in_generate=True)
+        assert True not in absorbed
+        theirs = stock(text.sequences[:, :-1], attention_mask=mask).logits[:, -16:]
+    exact = stock(text.sequences[:, :-1], attention_mask=mask).logits[:, -16:]
+    # the median, because one changed expert choice moves a whole token
+    error, stock_error = ((x - exact).abs().median() for x in (torch.stack(text.logits, dim=1), theirs))
+    assert 0 < error < 1.3 * stock_error
+
+
+def test_autocast_on_weights_of_its_own_dtype_is_absorbed(absorbed):
+    model = build(attn_implementation="sdpa").bfloat16()
+    expected = model.generate(**padded(), **GREEDY)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.generate(**padded(), **GREEDY), expected)
     assert True in absorbed
 
 

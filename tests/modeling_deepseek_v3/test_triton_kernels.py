@@ -78,6 +78,19 @@ def test_a_training_step_equals_the_reference(dtype: torch.dtype, attention: str
     assert distance(found, exact) < 1.3 * distance(expected, exact) < 0.1
 
 
+def test_autocast_is_as_close_to_fp32_as_the_reference_is() -> None:
+    """Projections are bf16 there, the residual stream fp32: rounded in every layer, it would be twice as far."""
+    model = build(tiny_config(**SIZES | {"num_hidden_layers": 3, "num_nextn_predict_layers": 0})).to(DEVICE)
+    ids = tokens(1, 12).to(DEVICE)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(30)  # a stream that is large beside what the layers add
+        exact, errors = model(ids).logits, {}
+        for mode in ("triton", "reference"):
+            with kernels(mode), torch.autocast(DEVICE, torch.bfloat16):
+                errors[mode] = (model(ids).logits - exact).norm()
+    assert errors["triton"] < 1.2 * errors["reference"]
+
+
 def distance(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
     """Relative error of all gradients together, in the Frobenius norm."""
     difference = sum((found[name].double() - exact[name].double()).square().sum() for name in exact)
@@ -112,3 +125,30 @@ def test_decode_steps_equal_the_reference(dtype: torch.dtype, attention: str, ca
     if cache_class is DynamicCache:  # a static one is longer than the prompt, and absorption is cheaper at these sizes
         assert ("mla_attention" in called) == (attention == "deepseek_v3")
     assert relative_error(found, expected) < (1e-5 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("sizes", [{"qk_rope_head_dim": 8}, {"kv_lora_rank": 48}], ids=str)
+def test_widths_that_the_decode_kernel_does_not_take_are_expanded(sizes: dict[str, int]) -> None:
+    model = build(tiny_config(**SIZES | sizes), attn_implementation="sdpa").to(DEVICE)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 3}
+    with kernels("triton"), Called() as called:
+        text = model.generate(tokens(1, 6).to(DEVICE), **options)
+    assert "rope_in_place" in called.names and "mla_decode" not in called.names
+    with kernels("reference"):
+        assert torch.equal(model.generate(tokens(1, 6).to(DEVICE), **options), text)
+
+
+@pytest.mark.parametrize("trained", ["q_b_proj", "kv_b_proj", "kv_a_proj_with_mqa"])
+def test_gradients_on_a_cached_prefix(trained: str) -> None:
+    """Of the first layer's attention alone, so that what else enters the attention needs none."""
+    model = build(tiny_config(**SIZES), attn_implementation="sdpa").to(DEVICE).requires_grad_(False)
+    weight = getattr(model.model.layers[0].self_attn, trained).weight.requires_grad_()
+    ids, found = tokens(1, 10).to(DEVICE), {}
+    for mode in ("triton", "reference"):
+        cache = DynamicCache(config=model.config)
+        with kernels("reference"), torch.no_grad():
+            model(ids[:, :8], past_key_values=cache)
+        with kernels(mode):
+            model(ids[:, 8:], past_key_values=cache).logits.square().sum().backward()
+        found[mode], weight.grad = weight.grad, None
+    assert relative_error(found["triton"], found["reference"]) < 2e-5

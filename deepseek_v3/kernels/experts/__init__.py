@@ -6,7 +6,7 @@ of `indices`, numbered `token * K + k`; a *slot* is a choice's position once cho
 
 import torch
 
-from ..dispatch import uses_triton
+from ..dispatch import custom_op, uses_triton
 from . import reference, torch_impl
 
 
@@ -70,7 +70,7 @@ def check_dtype(name: str, parameter: torch.Tensor, hidden: torch.Tensor) -> Non
         raise ValueError(f"{name} is {parameter.dtype}; allowed: hidden's dtype, {hidden.dtype}")
 
 
-@torch.library.custom_op("deepseek_v3::expert_permutation", mutates_args=())
+@custom_op("deepseek_v3::expert_permutation")
 def _permutation(indices: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from .triton_impl import expert_permutation
 
@@ -83,7 +83,7 @@ def _(indices, num_experts):
     return order, indices.new_empty(indices.shape, dtype=torch.int32), order.new_empty(num_experts + 1)
 
 
-@torch.library.custom_op("deepseek_v3::grouped_swiglu_experts", mutates_args=())
+@custom_op("deepseek_v3::grouped_swiglu_experts")
 def _forward(
     hidden: torch.Tensor,
     weights: torch.Tensor,
@@ -107,7 +107,7 @@ def _(hidden, weights, gate_up, down, order, slots, offsets, keep):
     return hidden.new_empty(hidden.shape), hidden.new_empty(0)  # nothing is kept while compiling
 
 
-@torch.library.custom_op("deepseek_v3::grouped_swiglu_experts_backward", mutates_args=())
+@custom_op("deepseek_v3::grouped_swiglu_experts_backward")
 def _backward(
     grad: torch.Tensor,
     hidden: torch.Tensor,

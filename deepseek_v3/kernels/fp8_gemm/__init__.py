@@ -6,7 +6,7 @@ products along K are summed by the tensor cores, scaled, and added in fp32: the 
 
 import torch
 
-from ..dispatch import uses_triton
+from ..dispatch import custom_op, uses_triton
 from ..grouped import check_offsets
 from . import reference
 
@@ -133,7 +133,7 @@ def _check_operand(name: str, codes: torch.Tensor, scale: torch.Tensor, rows: li
         )
 
 
-@torch.library.custom_op("deepseek_v3::fp8_gemm", mutates_args=())
+@custom_op("deepseek_v3::fp8_gemm")
 def _gemm(
     a: torch.Tensor,
     a_scale: torch.Tensor,
@@ -152,7 +152,7 @@ def _(a, a_scale, b, b_scale, offsets, out_dtype):
     return a.new_empty(a.shape[0], b.shape[-2], dtype=out_dtype)
 
 
-@torch.library.custom_op("deepseek_v3::fp8_grouped_wgrad", mutates_args=())
+@custom_op("deepseek_v3::fp8_grouped_wgrad")
 def _grouped_wgrad(
     grad_t: torch.Tensor,
     grad_t_scale: torch.Tensor,
@@ -171,7 +171,7 @@ def _(grad_t, grad_t_scale, x_t, x_t_scale, offsets, out_dtype):
     return grad_t.new_empty(offsets.shape[0] - 1, grad_t.shape[0], x_t.shape[0], dtype=out_dtype)
 
 
-@torch.library.custom_op("deepseek_v3::fp8_linear", mutates_args=())
+@custom_op("deepseek_v3::fp8_linear")
 def _linear(
     x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -186,7 +186,7 @@ def _(x, weight, offsets, save):
     return x.new_empty(x.shape[0], weight.shape[-2]), *saved
 
 
-@torch.library.custom_op("deepseek_v3::fp8_linear_backward", mutates_args=())
+@custom_op("deepseek_v3::fp8_linear_backward")
 def _linear_backward(
     grad: torch.Tensor,
     x_t: torch.Tensor,

@@ -8,7 +8,7 @@ NaN becomes NaN and leaves its tile's other values alone; Inf makes its whole ti
 
 import torch
 
-from ..dispatch import uses_triton
+from ..dispatch import custom_op, uses_triton
 from ..grouped import check_offsets
 from . import reference
 
@@ -81,7 +81,7 @@ def _check_activation(x: torch.Tensor, offsets: torch.Tensor | None = None) -> N
         check_offsets(offsets)
 
 
-@torch.library.custom_op("deepseek_v3::quantize_activation_fp8", mutates_args=())
+@custom_op("deepseek_v3::quantize_activation_fp8")
 def _quantize_activation(
     x: torch.Tensor, offsets: torch.Tensor | None, rowwise: bool, transposed: bool, power_of_two: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -101,7 +101,7 @@ def _(x, offsets, rowwise, transposed, power_of_two):
     return codes, scale.t(), codes_t, scale_t.t()
 
 
-@torch.library.custom_op("deepseek_v3::quantize_weight_fp8", mutates_args=())
+@custom_op("deepseek_v3::quantize_weight_fp8")
 def _quantize_weight(weight: torch.Tensor, transpose: bool, power_of_two: bool) -> tuple[torch.Tensor, torch.Tensor]:
     from .triton_impl import quantize_weight
 
@@ -116,7 +116,7 @@ def _(weight, transpose, power_of_two):
     return weight.new_empty(*matrices, rows, columns, dtype=E4M3), scale
 
 
-@torch.library.custom_op("deepseek_v3::dequantize_weight_fp8", mutates_args=())
+@custom_op("deepseek_v3::dequantize_weight_fp8")
 def _dequantize_weight(weight: torch.Tensor, scale_inv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     from .triton_impl import dequantize_weight
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..dispatch import uses_triton
+from ..dispatch import custom_op, uses_triton
 from ..grouped import check_offsets
 from . import reference
 from .reference import CpuPacked
@@ -113,7 +113,7 @@ def _check(packed: torch.Tensor, scale: torch.Tensor) -> None:
         )
 
 
-@torch.library.custom_op("deepseek_v3::dequantize_int4", mutates_args=())
+@custom_op("deepseek_v3::dequantize_int4")
 def _dequantize(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     from .triton_impl import dequantize_int4
 
@@ -125,7 +125,7 @@ def _(packed, scale, dtype):
     return scale.new_empty(*packed.shape[:-1], packed.shape[-1] * 8, dtype=dtype)
 
 
-@torch.library.custom_op("deepseek_v3::int4_linear", mutates_args=())
+@custom_op("deepseek_v3::int4_linear")
 def _forward(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     from .triton_impl import int4_linear_forward
 
@@ -149,7 +149,7 @@ def _autograd(ctx, grad):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-@torch.library.custom_op("deepseek_v3::int4_grouped_linear", mutates_args=())
+@custom_op("deepseek_v3::int4_grouped_linear")
 def _grouped_forward(
     x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor:
@@ -163,7 +163,7 @@ def _(x, packed, scale, offsets):
     return x.new_empty(x.shape[0], packed.shape[1])
 
 
-@torch.library.custom_op("deepseek_v3::int4_grouped_linear_backward", mutates_args=())
+@custom_op("deepseek_v3::int4_grouped_linear_backward")
 def _grouped_backward(
     grad: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..dispatch import uses_triton
+from ..dispatch import custom_op, uses_triton
 from ..grouped import check_offsets
 from . import reference
 
@@ -88,7 +88,7 @@ def _check(codes: torch.Tensor, scale: torch.Tensor) -> None:
         )
 
 
-@torch.library.custom_op("deepseek_v3::quantize_activation_int8", mutates_args=())
+@custom_op("deepseek_v3::quantize_activation_int8")
 def _quantize_activation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     from .triton_impl import quantize_activation_int8
 
@@ -100,7 +100,7 @@ def _(x):
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
-@torch.library.custom_op("deepseek_v3::int8_linear", mutates_args=())
+@custom_op("deepseek_v3::int8_linear")
 def _forward(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
     from .triton_impl import int8_linear_forward
 
@@ -112,7 +112,7 @@ def _(x, codes, scale, offsets):
     return x.new_empty(x.shape[0], codes.shape[-2])
 
 
-@torch.library.custom_op("deepseek_v3::int8_linear_backward", mutates_args=())
+@custom_op("deepseek_v3::int8_linear_backward")
 def _backward(
     grad: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, offsets: torch.Tensor | None
 ) -> torch.Tensor:

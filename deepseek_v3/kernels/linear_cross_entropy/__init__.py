@@ -2,7 +2,7 @@
 
 import torch
 
-from ..dispatch import uses_triton
+from ..dispatch import custom_op, uses_triton
 from . import reference
 
 
@@ -44,7 +44,7 @@ def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, row
         raise ValueError(f"labels is {labels.dtype}; it has to be torch.int64")
 
 
-@torch.library.custom_op("deepseek_v3::linear_cross_entropy", mutates_args=())
+@custom_op("deepseek_v3::linear_cross_entropy")
 def _forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -71,7 +71,7 @@ def _(hidden, weight, labels, row_weights, needs_hidden, needs_weight):
     )
 
 
-@torch.library.custom_op("deepseek_v3::linear_cross_entropy_backward", mutates_args=())
+@custom_op("deepseek_v3::linear_cross_entropy_backward")
 def _backward(relative_grad: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     from .triton_impl import linear_cross_entropy_backward
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..dispatch import uses_triton
+from ..dispatch import custom_op, uses_triton
 from . import reference
 
 
@@ -78,7 +78,7 @@ def _check(
         raise ValueError(f"scale is {scale}; allowed: a positive number")
 
 
-@torch.library.custom_op("deepseek_v3::mla_attention", mutates_args=())
+@custom_op("deepseek_v3::mla_attention")
 def _forward(
     query: torch.Tensor,
     key_nope: torch.Tensor,
@@ -99,7 +99,7 @@ def _(query, key_nope, key_rope, value, scale, document_starts):
     return output, value.new_empty(batch, heads, length, dtype=torch.float32)
 
 
-@torch.library.custom_op("deepseek_v3::mla_attention_backward", mutates_args=())
+@custom_op("deepseek_v3::mla_attention_backward")
 def _backward(
     grad: torch.Tensor,
     query: torch.Tensor,

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..dispatch import uses_triton
+from ..dispatch import custom_op, uses_triton
 from . import reference
 
 
@@ -33,10 +33,15 @@ def mla_decode(
     if not uses_triton(latent):
         return reference.mla_decode(query_latent, query_rope, latent, key_rope, scale, mask)
     for name, x in (("latent", latent), ("key_rope", key_rope)):
-        columns = x.shape[-1]
-        if columns < 16 or columns & (columns - 1):
-            raise ValueError(f"{name} has {columns} columns; allowed with Triton: a power of two of at least 16")
+        if not fits(x):
+            raise ValueError(f"{name} has {x.shape[-1]} columns; allowed with Triton: a power of two of at least 16")
     return torch.ops.deepseek_v3.mla_decode(query_latent, query_rope, latent, key_rope, scale, mask)
+
+
+def fits(x: torch.Tensor) -> bool:
+    """Whether `mla_decode` takes latents, or rotary keys, of x's width: any without Triton."""
+    columns = x.shape[-1]
+    return not uses_triton(x) or (columns >= 16 and not columns & (columns - 1))
 
 
 def _check(
@@ -72,7 +77,7 @@ def _check(
         raise ValueError(f"mask has shape {shape}; allowed: ({batch} or 1, 1, {length}, {total} or more)")
 
 
-@torch.library.custom_op("deepseek_v3::mla_decode", mutates_args=())
+@custom_op("deepseek_v3::mla_decode")
 def _forward(
     query_latent: torch.Tensor,
     query_rope: torch.Tensor,

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..dispatch import uses_triton
+from ..dispatch import custom_op, uses_triton
 from . import reference
 
 
@@ -19,14 +19,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`total = residual + x` (same shape and dtype) -> `rms_norm(total)` and `total`, in one pass over memory."""
+    """`total = residual + x` (one shape; the wider of two dtypes) -> `rms_norm(total)` and `total`, in one pass."""
     if not uses_triton(x):
         return reference.add_rms_norm(x, residual, weight, eps)
-    y, total, _ = torch.ops.deepseek_v3.rms_norm(x, residual, weight, eps)
+    dtype = torch.promote_types(x.dtype, residual.dtype)  # they differ under autocast: the kernel rounds to x's
+    y, total, _ = torch.ops.deepseek_v3.rms_norm(x.to(dtype), residual.to(dtype), weight, eps)
     return y, total
 
 
-@torch.library.custom_op("deepseek_v3::rms_norm", mutates_args=())
+@custom_op("deepseek_v3::rms_norm")
 def _forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -42,7 +43,7 @@ def _(x, residual, weight, eps):
     return y, total, x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("deepseek_v3::rms_norm_backward", mutates_args=())
+@custom_op("deepseek_v3::rms_norm_backward")
 def _backward(
     grad: torch.Tensor, grad_total: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..dispatch import uses_triton
+from ..dispatch import custom_op, uses_triton
 from . import reference
 
 
@@ -82,7 +82,7 @@ class _RotateInPlace(torch.autograd.Function):
         return grad_queries.view(grad.shape), None, grad_key, None, None, None
 
 
-@torch.library.custom_op("deepseek_v3::rope_in_place", mutates_args=("queries",))
+@custom_op("deepseek_v3::rope_in_place", mutates_args=("queries",))
 def _in_place(
     queries: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool
 ) -> torch.Tensor:
@@ -96,7 +96,7 @@ def _(queries, key, cos, sin, interleave):
     return key.new_empty(key.shape)
 
 
-@torch.library.custom_op("deepseek_v3::rope", mutates_args=())
+@custom_op("deepseek_v3::rope")
 def _functional(
     queries: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

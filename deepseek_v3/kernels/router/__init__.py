@@ -2,7 +2,7 @@
 
 import torch
 
-from ..dispatch import uses_triton
+from ..dispatch import custom_op, uses_triton
 from . import reference
 
 
@@ -63,7 +63,7 @@ def _check(
         raise ValueError(f"token_mask: found {found}; allowed: [{tokens}] in torch.bool")
 
 
-@torch.library.custom_op("deepseek_v3::route", mutates_args=())
+@custom_op("deepseek_v3::route")
 def _forward(
     logits: torch.Tensor,
     bias: torch.Tensor,
@@ -86,7 +86,7 @@ def _(logits, bias, top_k, num_groups, top_groups, normalize, scale, token_mask)
     return logits.new_empty(tokens, top_k), indices, logits.new_empty(experts, dtype=torch.int64)
 
 
-@torch.library.custom_op("deepseek_v3::route_backward", mutates_args=())
+@custom_op("deepseek_v3::route_backward")
 def _backward(
     grad: torch.Tensor, logits: torch.Tensor, indices: torch.Tensor, normalize: bool, scale: float
 ) -> torch.Tensor:
