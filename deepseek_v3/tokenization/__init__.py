@@ -4,7 +4,16 @@ from .chat_template import CHAT_TEMPLATE
 from .files import check_vocab
 from .fim import fim_transform
 from .loading import load_tokenizer
+from .moonshot import convert_tiktoken
 from .tokenizer import DeepseekV3Tokenizer
 from .train import train_tokenizer
 
-__all__ = ["CHAT_TEMPLATE", "DeepseekV3Tokenizer", "check_vocab", "fim_transform", "load_tokenizer", "train_tokenizer"]
+__all__ = [
+    "CHAT_TEMPLATE",
+    "DeepseekV3Tokenizer",
+    "check_vocab",
+    "convert_tiktoken",
+    "fim_transform",
+    "load_tokenizer",
+    "train_tokenizer",
+]

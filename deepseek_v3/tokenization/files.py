@@ -23,13 +23,21 @@ MAX_TEMPLATE_CHARACTERS = 2**17
 MAX_PART_LIST, MAX_PART_TEXT = 64, 4096  # lists and strings of normalizer, pre-tokenizer, post-processor and decoder
 
 # The `tokenizers` library runs these by backtracking; a pattern such as (a+)+$ stalls it and then panics with a
-# BaseException while a text is encoded. So only patterns that many models use are let through: DeepSeek's own and the
-# cl100k one of GPT-4, Llama 3 (digits in threes) and Qwen (single digits), which V3-shaped models of others use.
+# BaseException while a text is encoded. So only patterns that many models use are let through: DeepSeek's own, the
+# cl100k one of GPT-4, Llama 3 (digits in threes) and Qwen (single digits), which V3-shaped models of others use, and
+# the one of Moonlight and Kimi, which stands in their code (`tokenization_moonshot.py`, `pat_str`).
 _CL100K = (
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}%s| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*"
     "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
-KNOWN_PATTERNS = frozenset((*SPLIT_PATTERNS, _CL100K % "{1,3}", _CL100K % ""))
+_UPPER, _LOWER = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}&&[^\\p{Han}]]", "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}&&[^\\p{Han}]]"
+MOONSHOT_PATTERN = (
+    "[\\p{Han}]+"
+    f"|[^\\r\\n\\p{{L}}\\p{{N}}]?{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    f"|[^\\r\\n\\p{{L}}\\p{{N}}]?{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    "|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+)
+KNOWN_PATTERNS = frozenset((*SPLIT_PATTERNS, _CL100K % "{1,3}", _CL100K % "", MOONSHOT_PATTERN))
 # A normalizer that writes more than it reads multiplies a text, and an empty pattern never ends. These do neither.
 NORMALIZERS = ("Sequence", "NFC", "NFD", "NFKC", "NFKD", "Strip", "Lowercase", "Prepend", "Replace")
 REPLACEMENTS = ((" ", "▁"), ("▁", " "))
@@ -118,7 +126,7 @@ def _check_part(where: str, part: Any, ids: set[int]) -> None:
         regex = node.get("Regex")
         if isinstance(regex, str) and regex not in KNOWN_PATTERNS:
             raise ValueError(
-                f"{where} has the unknown pattern {regex!r:.200}; allowed are DeepSeek's and the cl100k ones. "
+                f"{where} has the unknown pattern {regex!r:.200}; allowed are DeepSeek's, cl100k's and Moonlight's. "
                 "If you trust it, load the folder with transformers.PreTrainedTokenizerFast"
             )
         if isinstance(node.get("ids"), list) and not all(_is_id(each) and each in ids for each in node["ids"]):

@@ -22,7 +22,8 @@ def load_tokenizer(source: str | PathLike[str]) -> PreTrainedTokenizerBase:
     cached_file(source, "config.json")  # an error where there is nothing at all, or no connection to it
     if cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False) is None:
         others = "code of the repository's own is not run, and a conversion would guess"
-        raise ValueError(f"{source}: found no tokenizer.json; {others}: save it once as that file beside the weights")
+        remedy = "tokenization.convert_tiktoken writes it for Moonlight and Kimi"
+        raise ValueError(f"{source}: found no tokenizer.json; {others}: put it beside the weights ({remedy})")
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
