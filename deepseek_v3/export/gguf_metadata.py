@@ -13,15 +13,13 @@ from gguf import GGML_QUANT_VERSION, ExpertGatingFuncType, GGUFWriter, Keys, Rop
 
 from ..configuration import DeepseekV3Config
 from ..tokenization import DeepseekV3Tokenizer
-from ..tokenization.files import KNOWN_PATTERNS
+from ..tokenization.files import MOONSHOT_PATTERN, ONE_DIGIT, THREE_DIGITS
 from ..tokenization.vocabulary import SPLIT_PATTERNS
 from .gguf_quantize import QUANTIZATIONS
 
 ARCHITECTURE = "deepseek2"
 LITE_BLOCKS = (26, 27)  # llama.cpp takes these for DeepSeek-V2-Lite and looks for no query latent
 BYTE_LEVEL, SPLIT = "ByteLevel", "Split"
-# of GPT-4 and Llama 3, and of Qwen
-THREE_DIGITS, ONE_DIGIT = sorted(KNOWN_PATTERNS.difference(SPLIT_PATTERNS), key=lambda pattern: "{1,3}" not in pattern)
 
 
 def check_config(config: DeepseekV3Config) -> None:
@@ -280,6 +278,7 @@ def pre_tokenizer_name(content: dict[str, Any]) -> str:
         (*((SPLIT, pattern) for pattern in SPLIT_PATTERNS), plain): "deepseek-v3",
         ((SPLIT, THREE_DIGITS), plain): "llama-bpe" if ignore_merges else "dbrx",
         ((SPLIT, ONE_DIGIT), plain): "qwen2",
+        ((SPLIT, MOONSHOT_PATTERN), plain): "kimi-k2",
         (("Digits", True), (BYTE_LEVEL, True)): "smollm",
         ((BYTE_LEVEL, True),): "gpt-2",
     }

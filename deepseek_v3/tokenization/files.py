@@ -30,6 +30,7 @@ _CL100K = (
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}%s| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*"
     "|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
+THREE_DIGITS, ONE_DIGIT = _CL100K % "{1,3}", _CL100K % ""
 _UPPER, _LOWER = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}&&[^\\p{Han}]]", "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}&&[^\\p{Han}]]"
 MOONSHOT_PATTERN = (
     "[\\p{Han}]+"
@@ -37,7 +38,7 @@ MOONSHOT_PATTERN = (
     f"|[^\\r\\n\\p{{L}}\\p{{N}}]?{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     "|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
-KNOWN_PATTERNS = frozenset((*SPLIT_PATTERNS, _CL100K % "{1,3}", _CL100K % "", MOONSHOT_PATTERN))
+KNOWN_PATTERNS = frozenset((*SPLIT_PATTERNS, THREE_DIGITS, ONE_DIGIT, MOONSHOT_PATTERN))
 # A normalizer that writes more than it reads multiplies a text, and an empty pattern never ends. These do neither.
 NORMALIZERS = ("Sequence", "NFC", "NFD", "NFKC", "NFKD", "Strip", "Lowercase", "Prepend", "Replace")
 REPLACEMENTS = ((" ", "▁"), ("▁", " "))

@@ -18,7 +18,8 @@ from deepseek_v3.export.gguf_quantize import QUANTIZATIONS, ggml_library
 from deepseek_v3.kernels.fp8_quant.reference import spread_scales
 from deepseek_v3.kernels.int4.reference import dequantize_int4
 from deepseek_v3.modeling_deepseek_v3.weight_files import scan_folder
-from deepseek_v3.tokenization import DeepseekV3Tokenizer, train_tokenizer
+from deepseek_v3.tokenization import DeepseekV3Tokenizer, convert_tiktoken, train_tokenizer
+from deepseek_v3.tokenization.moonshot import RESERVED
 from tests.clients.llama_cpp import (
     ask,
     convert,
@@ -32,6 +33,7 @@ from tests.clients.llama_cpp import (
 )
 from tests.export.gguf_models import export_gguf
 from tests.modeling_deepseek_v3.helpers import ROOT, YARN, build
+from tests.tokenization.moonshot_files import train_ranks, write_files
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +46,7 @@ TEXTS = (
     "🚀 emojis 👩‍⚕️🏽 and e\u0301 combined, naïve café, Ω≈ç√, нещо на Български, \u00a0\u200b  spaces   \t\n \n",
     "<｜User｜>Hi<｜Assistant｜><think>\nno\n</think>ok<｜end▁of▁sentence｜><｜fim▁begin｜>a<｜fim▁hole｜>b<|EOT|>",
 )
+MIXED = "It's 中文English混合 they'LL don't 〇三 Straße ÉCOLE ไทย日本語テキスト }\n///[EOS]<|im_end|> 1234567"
 # vLLM's and the published models' latent; rows are multiples of 256 where K-quants can use them
 SIZES = {
     "vocab_size": 800, "hidden_size": 256, "intermediate_size": 320, "moe_intermediate_size": 256,
@@ -207,6 +210,19 @@ def test_deepseeks_own_vocabulary(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "tiny")
     file = export_gguf(tmp_path / "tiny", tmp_path / "out", "BF16")
     texts = [*TEXTS, "<｜tool▁calls▁begin｜>" + "x" * 30 + " 1234567890 ٣٤٥ ½ ㍿ ñandú ﷺ"]
+    options = {"add_special": True, "parse_special": True}
+    tokens = ask(file, [("/tokenize", {"content": text, **options}) for text in texts])
+    assert [found["tokens"] for found in tokens] == [tokenizer.encode(text) for text in texts]
+
+
+def test_moonlights_way_to_cut_texts(tmp_path: Path) -> None:
+    """But for combining marks: llama.cpp's `kimi-k2` cuts before them."""
+    texts = [text.replace("\u0301", "") for text in (*TEXTS, MIXED)]
+    ranks = train_ranks(texts * 3, 600)
+    build(preset("tiny", vocab_size=len(ranks) + RESERVED, hidden_size=32)).save_pretrained(tmp_path / "tiny")
+    write_files(tmp_path / "tiny", ranks)
+    tokenizer = convert_tiktoken(tmp_path / "tiny")
+    file = export_gguf(tmp_path / "tiny", tmp_path / "out", "BF16")
     options = {"add_special": True, "parse_special": True}
     tokens = ask(file, [("/tokenize", {"content": text, **options}) for text in texts])
     assert [found["tokens"] for found in tokens] == [tokenizer.encode(text) for text in texts]

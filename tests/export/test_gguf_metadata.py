@@ -16,7 +16,7 @@ from deepseek_v3.export import Source
 from deepseek_v3.export.gguf import read_gguf
 from deepseek_v3.export.gguf_metadata import pre_tokenizer_name, rope_scaling
 from deepseek_v3.modeling_deepseek_v3.rope import DeepseekV3RotaryEmbedding, softmax_scale
-from deepseek_v3.tokenization.files import KNOWN_PATTERNS
+from deepseek_v3.tokenization.files import MOONSHOT_PATTERN, ONE_DIGIT, THREE_DIGITS
 from tests.export.gguf_models import ROWS, export_gguf, make_tokenizer, save_model
 from tests.modeling_deepseek_v3.helpers import YARN, tiny_config
 
@@ -166,13 +166,12 @@ def split(pattern: str, regex: bool = False) -> pre_tokenizers.PreTokenizer:
 
 
 def test_names_of_pre_tokenizers() -> None:
-    threes = next(pattern for pattern in KNOWN_PATTERNS if pattern.startswith("(?i:") and "{1,3}" in pattern)
-    ones = threes.replace("{1,3}", "")
     digits = pre_tokenizers.Digits(individual_digits=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    assert pre_tokenizer_name(content(split(threes), ignore_merges=True)) == "llama-bpe"
-    assert pre_tokenizer_name(content(split(threes))) == "dbrx"
-    assert pre_tokenizer_name(content(split(ones))) == "qwen2"
+    assert pre_tokenizer_name(content(split(THREE_DIGITS), ignore_merges=True)) == "llama-bpe"
+    assert pre_tokenizer_name(content(split(THREE_DIGITS))) == "dbrx"
+    assert pre_tokenizer_name(content(split(ONE_DIGIT))) == "qwen2"
+    assert pre_tokenizer_name(content(split(MOONSHOT_PATTERN), ignore_merges=True)) == "kimi-k2"
     assert pre_tokenizer_name(content(pre_tokenizers.Sequence([digits, byte_level]))) == "smollm"
     assert pre_tokenizer_name(content(byte_level)) == "gpt-2"
 

@@ -1,31 +1,17 @@
 """Moonlight's tokenizer as a tokenizer.json: tiktoken's ids for the same byte pairs, pattern and special tokens."""
 
 import base64
-import json
 import random
 from pathlib import Path
 
 import pytest
 import tiktoken
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from deepseek_v3.tokenization import DeepseekV3Tokenizer, convert_tiktoken, load_tokenizer
-from deepseek_v3.tokenization.moonshot import RESERVED, _letters
+from deepseek_v3.tokenization.moonshot import RESERVED
+from tests.tokenization.moonshot_files import NAMES, PATTERN, train_ranks, write_files
 
-# as in tokenization_moonshot.py
-PATTERN = "|".join(
-    [
-        r"""[\p{Han}]+""",
-        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
-        r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
-        r"""\p{N}{1,3}""",
-        r""" ?[^\s\p{L}\p{N}]+[\r\n]*""",
-        r"""\s*[\r\n]+""",
-        r"""\s+(?!\S)""",
-        r"""\s+""",
-    ]
-)
 TEXT = (
     "It's 中文English混合 they'LL don't 1234567 Straße ÉCOLE Àé مرحبا बहुत ไทย 日本語テキスト\n\n"
     "  def f(x):\r\n\treturn x!=2 "
@@ -38,32 +24,12 @@ AWKWARD = (
 
 @pytest.fixture(scope="module")
 def ranks() -> dict[bytes, int]:
-    trained = Tokenizer(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    trained.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), "isolated"), byte_level])
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    texts = [TEXT, TEXT.lower(), __doc__, *(TEXT[i:] for i in range(0, 80, 7))]
-    trained.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    )
-    bytes_of = {_letters(bytes([byte])): byte for byte in range(256)}
-    return {bytes(bytes_of[letter] for letter in token): rank for token, rank in trained.get_vocab().items()}
+    return train_ranks([TEXT, TEXT.lower(), str(__doc__), *(TEXT[i:] for i in range(0, 80, 7))], 500)
 
 
 @pytest.fixture
 def folder(ranks: dict[bytes, int], tmp_path: Path) -> Path:
-    lines = sorted((rank, base64.b64encode(token).decode()) for token, rank in ranks.items())
-    (tmp_path / "tiktoken.model").write_text("".join(f"{token} {rank}\n" for rank, token in lines))
-    names = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 254: "[UNK]", 255: "[PAD]"}
-    config = {
-        "added_tokens_decoder": {str(len(ranks) + i): {"content": t, "special": True} for i, t in names.items()},
-        "auto_map": {"AutoTokenizer": ["tokenization_moonshot.TikTokenTokenizer", None]},
-        "tokenizer_class": "TikTokenTokenizer",
-        **{"bos_token": "[BOS]", "eos_token": {"content": "[EOS]"}, "pad_token": "[PAD]", "unk_token": "[UNK]"},
-        "chat_template": "{{ messages[0].content }}",
-        "model_max_length": 8192,
-    }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    write_files(tmp_path, ranks)
     (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
     return tmp_path
 
@@ -73,7 +39,7 @@ def test_the_ids_are_tiktoken_s(folder: Path, ranks: dict[bytes, int]) -> None:
     tokenizer = load_tokenizer(folder)
     assert type(tokenizer) is DeepseekV3Tokenizer and len(tokenizer) == len(ranks) + RESERVED
     special = {f"<|reserved_token_{len(ranks) + i}|>": len(ranks) + i for i in (3, 9)}
-    special |= {t: len(ranks) + i for t, i in (("[BOS]", 0), ("[EOS]", 1), ("<|im_end|>", 2), ("[PAD]", 255))}
+    special |= {token: len(ranks) + i for i, token in NAMES.items()}
     expected = tiktoken.Encoding("m", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
     numbers = random.Random(0)
     cases = ["".join(numbers.choices(AWKWARD, k=numbers.randint(1, 40))) for _ in range(4000)]
