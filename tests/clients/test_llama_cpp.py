@@ -46,7 +46,7 @@ TEXTS = (
     "🚀 emojis 👩‍⚕️🏽 and e\u0301 combined, naïve café, Ω≈ç√, нещо на Български, \u00a0\u200b  spaces   \t\n \n",
     "<｜User｜>Hi<｜Assistant｜><think>\nno\n</think>ok<｜end▁of▁sentence｜><｜fim▁begin｜>a<｜fim▁hole｜>b<|EOT|>",
 )
-MIXED = "It's 中文English混合 they'LL don't 〇三 Straße ÉCOLE ไทย日本語テキスト }\n///[EOS]<|im_end|> 1234567"
+MIXED = "It's 中文English混合 they'LL don't 三 Straße ÉCOLE ไทย日本語テキスト }\n///[EOS]<|im_end|> 1234567"
 # vLLM's and the published models' latent; rows are multiples of 256 where K-quants can use them
 SIZES = {
     "vocab_size": 800, "hidden_size": 256, "intermediate_size": 320, "moe_intermediate_size": 256,
@@ -216,7 +216,7 @@ def test_deepseeks_own_vocabulary(tmp_path: Path) -> None:
 
 
 def test_moonlights_way_to_cut_texts(tmp_path: Path) -> None:
-    """But for combining marks: llama.cpp's `kimi-k2` cuts before them."""
+    """But for combining marks and 〇, which llama.cpp's `kimi-k2` cuts off."""
     texts = [text.replace("\u0301", "") for text in (*TEXTS, MIXED)]
     ranks = train_ranks(texts * 3, 600)
     build(preset("tiny", vocab_size=len(ranks) + RESERVED, hidden_size=32)).save_pretrained(tmp_path / "tiny")
