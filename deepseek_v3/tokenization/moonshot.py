@@ -5,7 +5,8 @@ import binascii
 from os import PathLike
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from .files import MAX_FILE_BYTES, MAX_TOKEN_ID, MOONSHOT_PATTERN, check_tokenizer_config
 from .tokenizer import DeepseekV3Tokenizer
@@ -13,10 +14,6 @@ from .tokenizer import DeepseekV3Tokenizer
 RANKS, CONFIG, FILE = "tiktoken.model", "tokenizer_config.json", "tokenizer.json"
 RESERVED = 256  # ids of special tokens after the byte pairs, with or without a name
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
-# How `ByteLevel` writes bytes: as themselves where they print, else as letters from 256 on.
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_REST = [byte for byte in range(256) if byte not in _PRINTABLE]
-_LETTERS = {**{byte: chr(byte) for byte in _PRINTABLE}, **{byte: chr(256 + i) for i, byte in enumerate(_REST)}}
 
 
 def convert_tiktoken(folder: str | PathLike[str]) -> DeepseekV3Tokenizer:
@@ -42,14 +39,7 @@ def convert_tiktoken(folder: str | PathLike[str]) -> DeepseekV3Tokenizer:
     ranks = _read_ranks(folder / RANKS)
     names = {str(number): token for number, token in (config.get("added_tokens_decoder") or {}).items()}
 
-    backend = Tokenizer(models.BPE(_vocabulary(ranks), _merges(ranks), fuse_unk=False, ignore_merges=True))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(MOONSHOT_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
+    backend = _ByteLevelBPE(ranks, pattern=MOONSHOT_PATTERN).converted()
     backend.add_tokens(
         [
             AddedToken(str(token.get("content")), special=bool(token.get("special", True)), normalized=False)
@@ -73,6 +63,17 @@ def convert_tiktoken(folder: str | PathLike[str]) -> DeepseekV3Tokenizer:
     return tokenizer
 
 
+class _ByteLevelBPE(TikTokenConverter):
+    """transformers' conversion, of ranks that are read and checked here."""
+
+    def __init__(self, ranks: dict[bytes, int], pattern: str) -> None:
+        super().__init__(pattern=pattern)
+        self.ranks = ranks
+
+    def load_tiktoken_bpe(self, tiktoken_url: str | None) -> dict[bytes, int]:
+        return self.ranks
+
+
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """Token -> rank, from lines ``BASE64 RANK``."""
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
@@ -89,24 +90,6 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(f"{path}: found no token for the byte {missing[0]}, which is needed to write any text")
     return ranks
-
-
-def _vocabulary(ranks: dict[bytes, int]) -> dict[str, int]:
-    return {_letters(token): rank for token, rank in ranks.items()}
-
-
-def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
-    """Every pair of tokens that makes a token, in the order of its rank, which is the order tiktoken joins in."""
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        known = sorted((ranks[a], ranks[b], a, b) for a, b in pairs if a in ranks and b in ranks)
-        merges += [(_letters(a), _letters(b)) for _, _, a, b in known]
-    return merges
-
-
-def _letters(token: bytes) -> str:
-    return "".join(map(_LETTERS.__getitem__, token))
 
 
 def _text(token: object) -> str:

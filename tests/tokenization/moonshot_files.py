@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-
-from deepseek_v3.tokenization.moonshot import _letters
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 # as in tokenization_moonshot.py
@@ -34,7 +33,7 @@ def train_ranks(texts: Iterable[str], size: int) -> dict[bytes, int]:
     trained.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     )
-    byte_of = {_letters(bytes([byte])): byte for byte in range(256)}
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
     return {bytes(byte_of[letter] for letter in token): rank for token, rank in trained.get_vocab().items()}
 
 
