@@ -21,6 +21,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """`sync` of everything in a folder, and of the folder."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
 def write_json(path: Path, content: Any, allow_nan: bool = True) -> None:
     """Whole or not at all. With `allow_nan=False`, ValueError for a NaN, which is no JSON."""
     write_text(path, json.dumps(content, indent=2, allow_nan=allow_nan) + "\n")

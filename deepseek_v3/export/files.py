@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..durable import sync, write_json
+from ..durable import sync, write_json, write_text
 from ..modeling_deepseek_v3.weight_files import INDEX_NAME, WEIGHTS_NAME
 from .steps import Output, Step
 from .stored import DTYPES, bytes_of
@@ -126,9 +126,7 @@ class Journal:
         """Forget what it says of the steps of a file after the first `steps`."""
         kept = [line for line in self.lines if line["file"] != name or line["step"] <= steps]
         if len(kept) < len(self.lines):
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            partial.rename(self.path)
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             self.lines = kept
 
     @property

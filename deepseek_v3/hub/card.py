@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration import DeepseekV3Config, num_parameters
 from ..configuration.local_paths import without_paths
+from ..durable import write_json
 from ..process import say
 from .metadata import read_card
 from .secrets import check_no_secrets
@@ -76,7 +76,7 @@ def _marked(card: str) -> str:
 def write_with_record(folder: Path, card: str, record: Mapping[str, Any]) -> Path:
     """`write_card`, and beside it the run's record without local paths; both are published."""
     path = write_card(folder, card)
-    (folder / RECORD).write_text(json.dumps(without_paths(record), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / RECORD, without_paths(record))
     return path
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..durable import file_sha256, sync
+from .. import durable
 
 MANIFEST = "manifest.json"
 
@@ -54,15 +54,14 @@ def save_state(
         temporary.mkdir(parents=True)
         save_model(temporary / "model")
         torch.save(optimizer_state, temporary / "optimizer.pt")
-        sizes = {str(f.relative_to(temporary)): [f.stat().st_size, file_sha256(f)] for f in _files(temporary)}
+        sizes = {str(f.relative_to(temporary)): [f.stat().st_size, durable.file_sha256(f)] for f in _files(temporary)}
         manifest = {"step": step, "files": sizes, "record": record}
         (temporary / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1))
-        for path in (*temporary.rglob("*"), temporary):
-            sync(path)
+        durable.sync_tree(temporary)
         if final.exists():
             final.rename(root / f".step-{step}.tmp-replaced")
         temporary.rename(final)
-        sync(root)
+        durable.sync(root)
     except Exception as error:  # safetensors and torch.save report a full disk as errors of their own
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
@@ -103,7 +102,7 @@ def verify_state(state: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: missing")
         if file.stat().st_size != size:
             raise ValueError(f"{file}: {file.stat().st_size} of {size} bytes")
-        if file_sha256(file) != digest:
+        if durable.file_sha256(file) != digest:
             raise ValueError(f"{file}: its contents changed since it was saved (SHA-256 differs)")
     return manifest
 

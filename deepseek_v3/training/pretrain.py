@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from transformers.utils import logging
 
+from .. import durable
 from ..configuration import DeepseekV3Config, num_parameters
 from ..data import heldout_bits_per_byte, load_corpus
-from ..durable import sync, write_json
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
 from ..process import any_rank, environment, keep_freed_memory, locked, say, stop_signals
 from .balance import routers
@@ -300,12 +300,11 @@ def _finish(
     temporary = output / f".model.tmp-{os.getpid()}"
     model.save_pretrained(temporary)
     data.tokenizer.save_pretrained(temporary)
-    for path in (*temporary.rglob("*"), temporary):
-        sync(path)
+    durable.sync_tree(temporary)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    write_json(output / RECORD, record)
-    sync(output)
+    durable.write_json(output / RECORD, record)
+    durable.sync(output)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return record
 

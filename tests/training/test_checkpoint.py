@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deepseek_v3 import durable
 from deepseek_v3.training import checkpoint
 from deepseek_v3.training.checkpoint import list_states, load_optimizer_state, newest_state, save_state, verify_state
 
@@ -221,7 +222,7 @@ def test_a_failing_sync_is_named_and_earlier_states_stay(
 def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files, their folders (a file's name is in its folder), then the rename, then the folder of the states."""
     events: list[str] = []
-    sync, rename = checkpoint.sync, Path.rename
+    sync, rename = durable.sync, Path.rename
 
     def log_sync(path: Path) -> None:
         events.append("." if path == tmp_path else str(path.relative_to(tmp_path)).partition("/")[2] or "state")
@@ -231,7 +232,7 @@ def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
         events.append("rename")
         return rename(path, target)
 
-    monkeypatch.setattr(checkpoint, "sync", log_sync)
+    monkeypatch.setattr(durable, "sync", log_sync)
     monkeypatch.setattr(Path, "rename", log_rename)
     save(tmp_path, 1)
     at = events.index("rename")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM as StockForCausalLM
 
-from deepseek_v3 import DeepseekV3ForCausalLM
+from deepseek_v3 import DeepseekV3ForCausalLM, durable
 from deepseek_v3.data import load_corpus, tokenize_documents
 from deepseek_v3.optimizer import MasterAdamW
 from deepseek_v3.tokenization import train_tokenizer
@@ -209,7 +209,7 @@ def test_the_model_is_on_the_disk_before_its_states_go(
 ) -> None:
     fast_finish(monkeypatch)
     events: list[str] = []
-    for module, function in ((pretrain_module, "sync"), (pretrain_module.shutil, "rmtree")):
+    for module, function in ((durable, "sync"), (pretrain_module.shutil, "rmtree")):
         original = getattr(module, function)
 
         def log(path: Path, *_: Any, original: Any = original, **options: Any) -> None:
