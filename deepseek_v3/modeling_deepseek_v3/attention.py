@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils.import_utils import is_tracing
 
 from ..configuration import DeepseekV3Config
+from ..kernels import short_attention
 from ..kernels.dispatch import uses_triton
 from ..kernels.mla_attention import mla_attention
 from ..kernels.mla_decode import fits, mla_decode
@@ -49,13 +50,27 @@ def eager_attention(
 
 
 def sdpa_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA; on CPU with the value padded to the key's width: only so torch has a fused kernel there."""
+    """transformers' SDPA. On CPUs the value is padded to the key's width, for only so torch has a fused kernel there,
+    and short sequences have a backward of their own, `kernels.short_attention`."""
+    plain = scaling is not None and not dropout and kwargs.get("is_causal") in (None, True)
+    if plain and short_attention.takes(query, key, value, attention_mask):
+        output = short_attention.short_attention(query, key, value, scaling, attention_mask)
+        return output.transpose(1, 2).contiguous(), None
     value_dim = value.shape[-1]
     if value.device.type == "cpu" and value_dim < key.shape[-1]:
         value = F.pad(value, (0, key.shape[-1] - value_dim))
-    output, _ = sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
     return output[..., :value_dim], None
 
 
