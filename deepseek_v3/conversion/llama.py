@@ -74,7 +74,7 @@ def target_config(
         rope_parameters={"rope_type": "default", "rope_theta": source.rope_parameters["rope_theta"]},
         tie_word_embeddings=source.tie_word_embeddings,
         initializer_range=source.initializer_range,
-        pad_token_id=source.pad_token_id,
+        pad_token_id=None if source.pad_token_id == -1 else source.pad_token_id,  # -1: none, as Llama once said it
         bos_token_id=source.bos_token_id,
         eos_token_id=source.eos_token_id,
         num_nextn_predict_layers=0,

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from ..configuration.local_paths import public_name
 from ..data import Corpus, batch_indices, load_corpus, pack_documents, sample_order, tokenize_documents
 from ..durable import write_json
-from ..tokenization import DeepseekV3Tokenizer
+from ..tokenization import DeepseekV3Tokenizer, check_vocab
 from .healing import HeldoutText, heal, heldout_bits_per_byte
 from .llama import convert_llama
 from .source import load_source
@@ -43,8 +43,8 @@ def convert(
 ) -> dict[str, Any]:
     """Convert a Llama-type checkpoint to DeepSeek-V3, in bf16 on disk with tokenizer and `conversion.json`.
 
-    The unhealed checkpoint is written before the healing starts, and replaced after it; Ctrl-C ends the healing after
-    the current step and keeps what it has reached.
+    The folder appears whole, after the healing; Ctrl-C ends the healing after the current step and keeps what it has
+    reached.
 
     Args:
         source: see `load_source`.
@@ -81,6 +81,7 @@ def convert(
     part = folder.with_name(f".{folder.name}.partial")  # renamed at the end: `output` appears whole or not at all
     shutil.rmtree(part, ignore_errors=True)
     tokenizer = save_tokenizer(source_tokenizer, part)
+    check_vocab(tokenizer, original.config.vocab_size)
     ids = {"bos_id": tokenizer.bos_token_id, "eos_id": tokenizer.eos_token_id}
     train = pack_documents(_train_tokens(corpora, tokenizer), sequence_length, **ids)
     texts = {

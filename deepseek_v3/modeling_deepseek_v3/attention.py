@@ -61,8 +61,9 @@ def sdpa_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' SDPA. On CPUs the value is padded to the key's width, for only so torch has a fused kernel there,
     and short sequences have a backward of their own, `kernels.short_attention`."""
-    plain = scaling is not None and not dropout and kwargs.get("is_causal") in (None, True)
-    if plain and short_attention.takes(query, key, value, attention_mask):
+    is_causal = kwargs.get("is_causal")
+    causal = module.is_causal if is_causal is None else is_causal
+    if causal and scaling is not None and not dropout and short_attention.takes(query, key, value, attention_mask):
         output = short_attention.short_attention(query, key, value, scaling, attention_mask)
         return output.transpose(1, 2).contiguous(), None
     value_dim = value.shape[-1]
@@ -122,16 +123,23 @@ def shared_key_attention(
         total = length  # what is longer is an empty static cache
     elif attention_mask is not None and attention_mask.dim() == 4:
         attention_mask, total = visible_keys(attention_mask[..., :total])
+    if attention_mask is not None:
+        attention_mask = attention_mask.expand(queries.shape[0], -1)
     keys = (key_nope[:, :total], key_rope[:, 0, :total], value[:, :total])
     return mla_attention(queries, *keys, scaling, attention_mask), None
 
 
 def visible_keys(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """From a mask `[B, 1, S, T]`: each query's first visible key `[B, S]` int32, and the end of all visible keys.
+    """From a mask `[B or 1, 1, S, T]`: each query's first visible key `[B, S]` int32, and the end of all visible keys.
 
     A query that does not see its own key is padding, and sees nothing. Waits for the device once. ValueError for a
     mask that this cannot say.
     """
+    if mask.shape[1] != 1:
+        raise ValueError(
+            f"attention_mask: found one of shape {list(mask.shape)}, allowed [B or 1, 1, S, T] with "
+            "attn_implementation='deepseek_v3'; 'sdpa' and 'eager' take one for each head"
+        )
     visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
     length, total = visible.shape[1:]
     starts, seen = visible.int().argmax(-1), visible.sum(-1)
@@ -249,6 +257,7 @@ class DeepseekV3Attention(nn.Module):
             usable_mask = length == 1
         else:
             usable_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4
+            usable_mask = usable_mask and attention_mask.shape[1] == 1
         if not usable_mask or self._absorbed_flops(length, total) >= self._expanded_flops(length, total):
             return False
         weight = plain_weight(self.kv_b_proj, latent.dtype)

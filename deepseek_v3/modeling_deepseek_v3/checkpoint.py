@@ -21,7 +21,7 @@ from transformers.modeling_utils import PreTrainedModel, str_to_torch_dtype
 
 from ..configuration import DeepseekV3Config, num_parameters
 from ..configuration.untrusted import check_generation_file
-from .weight_files import INDEX_NAME, WEIGHTS_NAME, TensorEntry, scan_folder
+from .weight_files import TensorEntry, scan_folder, weight_names
 
 if TYPE_CHECKING:
     from ..hub import PushResult
@@ -318,7 +318,8 @@ class CheckpointMixin(PreTrainedModel):
         if not getattr(self, "_hf_peft_config_loaded", False) and getattr(self, "hf_quantizer", None) is None:
             state_dict = self.with_mtp_copies(self.state_dict() if state_dict is None else state_dict)
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-        forms = [path for name in (WEIGHTS_NAME, INDEX_NAME) if (path := Path(save_directory) / name).is_file()]
+        names = weight_names(kwargs.get("variant"))
+        forms = [path for name in names if (path := Path(save_directory) / name).is_file()]
         if len(forms) == 2:  # one is of a save before, sharded differently
             min(forms, key=lambda path: path.stat().st_mtime_ns).unlink()
 

@@ -102,7 +102,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin, Laten
         losses: dict[str, torch.Tensor] = {}
         if has_labels:
             targets = shift_labels if shift_labels is not None else shift_left(labels, 1, IGNORE_INDEX)
-            token_mask = real_tokens(attention_mask)
+            token_mask = real_tokens(attention_mask, targets.shape[1])
             router_logits = [(logits, token_mask) for logits in outputs.router_logits or ()] if needs_balance else []
             mtp: list[tuple[torch.Tensor, torch.Tensor]] = []
             if training and self.mtp_layers and self.config.mtp_loss_coef and past_key_values is None:
@@ -145,7 +145,7 @@ class DeepseekV3ForCausalLM(DeepseekV3PreTrainedModel, MTPGenerationMixin, Laten
         if position_ids is None:
             position_ids = torch.arange(length, device=embeddings.device).unsqueeze(0)
         position_embeddings = self.model.rotary_emb(embeddings, position_ids)
-        valid = real_tokens(attention_mask)
+        valid = real_tokens(attention_mask, length)
         valid = embeddings.new_ones(batch, length, dtype=torch.bool) if valid is None else valid
 
         states, router = [], []

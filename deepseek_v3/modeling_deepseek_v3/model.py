@@ -162,7 +162,7 @@ class DeepseekV3Model(DeepseekV3PreTrainedModel):
         router_logits: tuple[torch.Tensor, ...] = ()
         router_indices: tuple[torch.Tensor, ...] = ()
         counting = self.training and torch.is_grad_enabled()
-        token_mask = real_tokens(attention_mask)
+        token_mask = real_tokens(attention_mask, inputs_embeds.shape[1])
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states, logits, indices = layer(
                 hidden_states,
@@ -204,7 +204,7 @@ def packed_causal_mask(
     if position_ids is not None and past_key_values is None:
         if "flash" in (config._attn_implementation or ""):
             _check_flash_documents(config._attn_implementation, inputs_embeds, attention_mask, position_ids)
-        elif (real := real_tokens(attention_mask)) is not None:
+        elif (real := real_tokens(attention_mask, inputs_embeds.shape[1])) is not None:
             documents = document_numbers(position_ids, real)
             if is_tracing(documents) or documents.any():
                 same_document = packed_sequence_mask_function(documents)
@@ -244,7 +244,7 @@ def _check_flash_documents(
     batch, length = inputs_embeds.shape[:2]
     if is_tracing(inputs_embeds) or (batch == 1 and attention_mask is None):
         return
-    real = real_tokens(attention_mask)
+    real = real_tokens(attention_mask, length)
     real = position_ids.new_ones(batch, length, dtype=torch.bool) if real is None else real
     if (batch > 1 or not real.all()) and document_numbers(position_ids, real).any():
         raise ValueError(
@@ -254,8 +254,11 @@ def _check_flash_documents(
         )
 
 
-def real_tokens(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The padding mask `[B, S]` as bool; None where nothing is known to be padding."""
+def real_tokens(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """The padding mask of the last `length` tokens, `[B, length]` bool; None where nothing is known to be padding.
+
+    `attention_mask [B, T]` begins with what a cache holds.
+    """
     if attention_mask is None or attention_mask.dim() != 2:
         return None
-    return attention_mask.bool()
+    return attention_mask[:, -length:].bool()

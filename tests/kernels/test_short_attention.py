@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from deepseek_v3.kernels.short_attention import MAX_LENGTH, short_attention, takes
+from tests.modeling_deepseek_v3.helpers import build
 
 B, H, D, V = 2, 3, 24, 16
 SCALE = 0.3
@@ -88,3 +89,16 @@ def test_what_it_leaves_to_torch() -> None:
         assert not takes(query, key, value, None)
     with torch.autocast("cpu", torch.bfloat16):
         assert not takes(query, key, value, None)
+
+
+def test_a_model_without_causality_keeps_none_in_training() -> None:
+    """As encoders made of decoders set it; transformers' SDPA heeds the attribute."""
+    model = build(attn_implementation="sdpa")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        causal = model(ids, use_cache=False).logits
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+        expected = model(ids, use_cache=False).logits
+    assert (expected - causal).abs().max() > 0.1
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected)

@@ -758,9 +758,12 @@ def test_hub_cache_loads(model, shards: int, tmp_path) -> None:
     assert_same_state(DeepseekV3ForCausalLM.from_pretrained(snapshot), model.state_dict())
 
 
-def test_subfolder_and_variant_load(model, tmp_path) -> None:
-    model.save_pretrained(tmp_path / "inner", variant="fp32")
-    assert (tmp_path / "inner" / "model.fp32.safetensors").exists()
+@pytest.mark.parametrize("sizes", [["5GB"], ["100KB"], ["5GB", "100KB"], ["100KB", "5GB"]])
+def test_subfolder_and_variant_load(model, sizes: list[str], tmp_path) -> None:
+    for size in sizes:
+        model.save_pretrained(tmp_path / "inner", variant="fp32", max_shard_size=size)
+    names = ("model.fp32.safetensors", "model.safetensors.index.fp32.json")  # one of them: that of the last save
+    assert [(tmp_path / "inner" / name).exists() for name in names] == [sizes[-1] == "5GB", sizes[-1] != "5GB"]
     arguments = {"subfolder": "inner", "variant": "fp32"}
     assert_same_state(DeepseekV3ForCausalLM.from_pretrained(tmp_path, **arguments), model.state_dict())
 

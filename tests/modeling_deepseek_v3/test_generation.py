@@ -315,3 +315,32 @@ def test_the_kernel_attention_refuses_what_it_cannot_say():
     model = build(tiny_config(attention_dropout=0.1), attn_implementation="deepseek_v3").train()
     with pytest.raises(ValueError, match="attention_dropout: found 0.1"):
         model(tokens(1, 9))
+    model = build(attn_implementation="deepseek_v3")
+    with pytest.raises(ValueError, match=r"attention_mask: found one of shape \[1, 4, 9, 9\]"):
+        model(tokens(1, 9), attention_mask=torch.ones(1, 4, 9, 9, dtype=torch.bool).tril())
+
+
+def test_one_mask_for_a_batch_is_that_of_every_row():
+    mask = torch.ones(9, 9, dtype=torch.bool).tril_()
+    mask[5:, :3] = False  # two documents
+    logits = [
+        build(attn_implementation=attention)(tokens(3, 9), attention_mask=mask[None, None], use_cache=False).logits
+        for attention in ("deepseek_v3", "sdpa")
+    ]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mask_for_each_head_while_decoding(model):
+    """The absorbed form takes one mask for all heads; those of the heads here differ in what they forget."""
+    ids, heads = tokens(2, 12), model.config.num_attention_heads
+    mask = torch.ones(2, heads, 12, 12, dtype=torch.bool).tril_()
+    for head in range(heads):
+        mask[:, head, 8:, :head] = False
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        cache = DynamicCache(config=model.config)
+        found = [model(ids[:, :8], attention_mask=mask[:, :, :8, :8], past_key_values=cache).logits]
+        for i in range(8, 12):
+            step = mask[:, :, i : i + 1, : i + 1]
+            found.append(model(ids[:, i : i + 1], attention_mask=step, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-4, rtol=1e-4)

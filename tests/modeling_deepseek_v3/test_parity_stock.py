@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm as StockRMSNorm
 
 from deepseek_v3 import DeepseekV3ForCausalLM
@@ -305,3 +306,27 @@ def test_base_model_compiles_as_one_graph() -> None:
     expected = model(tokens(2, 12), use_cache=False).last_hidden_state
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert relative_error(compiled(tokens(2, 12), use_cache=False).last_hidden_state, expected) < 1e-6
+
+
+@pytest.mark.parametrize("cached", [DynamicCache, StaticCache])
+def test_training_behind_a_cached_prefix_with_padding(cached: type) -> None:
+    """`attention_mask` then begins with the prefix; losses, gradients and counts are those of the new tokens."""
+    config = tiny_config(num_nextn_predict_layers=0, seq_balance_coef=1e-9)  # computed, and too small to see
+    model = build(config, attn_implementation="sdpa").train()
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :2] = 0
+    mask[1, 9:] = 0
+    labels = ids.masked_fill(mask == 0, -100)[:, 6:]
+    twin = stock_twin(model).train()
+    losses, gradients = [], []
+    for each in (model, twin):
+        cache = cached(config=config, **({"max_cache_len": 12} if cached is StaticCache else {}))
+        with torch.no_grad():
+            each(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+        output = each(ids[:, 6:], attention_mask=mask, past_key_values=cache, labels=labels, use_cache=True)
+        (gradient,) = torch.autograd.grad(output.loss, each.get_parameter("model.layers.1.self_attn.o_proj.weight"))
+        losses, gradients = [*losses, output.loss.detach()], [*gradients, gradient]
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+    assert relative_error(*gradients) < 1e-4
+    counts = model.model.layers[1].mlp.gate.load_counts
+    assert counts.sum() == mask[:, 6:].sum() * config.num_experts_per_tok
