@@ -63,9 +63,32 @@ def write_card(folder: Path, card: str) -> Path:
     return path
 
 
-def load_card(path: Path) -> ModelCard:
-    """A card without the mark of `write_card`, which concerns its folder only; ValueError as `read_card`."""
-    return read_card(_MARK.sub("", path.read_text(encoding="utf-8")), str(path))
+def load_card(path: Path, base_model: str | None = None) -> ModelCard:
+    """A card without the mark of `write_card`, which concerns its folder only; otherwise as `read_card`."""
+    return read_card(_MARK.sub("", path.read_text(encoding="utf-8")), str(path), base_model)
+
+
+def source_card(folder: Path) -> ModelCard | None:
+    """The card of what a model is made from; None where there is none, or none that is valid, which is said."""
+    path = folder / CARD
+    try:
+        return load_card(path) if path.is_file() else None
+    except ValueError as error:
+        say(f"{error}; nothing is taken from that card")
+        return None
+
+
+def licence_fields(stated: str | None, card: ModelCard | None) -> dict[str, Any]:
+    """The front matter's fields for a licence: `stated`, or else that of the card, with its name and link."""
+    if stated:
+        return {"license": stated}
+    fields = ("license", "license_name", "license_link")
+    return {} if card is None else {field: card.data[field] for field in fields if card.data.get(field)}
+
+
+def licence_name(fields: Mapping[str, Any]) -> str | None:
+    """What `licence_fields` found, in a word."""
+    return fields.get("license_name") or fields.get("license")
 
 
 def _marked(card: str) -> str:

@@ -5,22 +5,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration.local_paths import public_name
 from ..modeling_deepseek_v3.weight_files import read_json
 from .card import (
-    CARD,
     CITATION,
     HERE,
     Measured,
     architecture,
     grid,
-    load_card,
+    licence_fields,
+    licence_name,
     read_config,
     render,
     results,
     software,
+    source_card,
     table,
     write_card,
 )
@@ -55,8 +56,8 @@ def write_export_card(
     changed is kept.
 
     Args:
-        source: the folder that it was made from; its card, if there is one, gives the licence, the limitations and,
-            for an export that quantizes nothing, the base.
+        source: the folder that it was made from; its card, if there is a valid one, gives the licence, the
+            limitations and, for an export that quantizes nothing, the base.
         base_model: the source's repository on the Hub; without it the front matter names no base, and `push` asks for
             it where one is needed.
         weights_licence: None takes that of the source's card.
@@ -66,17 +67,15 @@ def write_export_card(
     """
     folder = Path(folder)
     report, verified = _record(folder, "export.json", "export"), _record(folder, "verify.json", "verify")
-    card = Path(source or "", CARD)
-    original = load_card(card) if source and card.is_file() else None
-    if original is not None:
-        weights_licence = weights_licence or original.data.get("license")
+    original = source_card(Path(source)) if source else None
+    licence = licence_fields(weights_licence, original)
     try:
         auto, task = _head(folder)
-        data = _front_matter(report, verified, task, base_model, weights_licence, original)
+        data = _front_matter(report, verified, task, base_model, licence, original)
         fields = _fields(folder, report, verified, auto) | {
             "base": base_model or report["source"]["name"],
             "limitations": _limitations(original),
-            "licence": f"Weights: {weights_licence or 'as those of the original'}.",
+            "licence": f"Weights: {licence_name(licence) or 'as those of the original'}.",
         }
     except KeyError as error:
         raise ValueError(f"model card of {folder}: export.json and verify.json have no field {error}") from None
@@ -109,10 +108,11 @@ def _front_matter(
     verified: Mapping[str, Any],
     task: str,
     base_model: str | None,
-    weights_licence: str | None,
-    original: Any,
+    licence: Mapping[str, Any],
+    original: ModelCard | None,
 ) -> ModelCardData:
     gguf = report["format"] == "gguf"
+    base_model, relation = _base(report, base_model, original)
     entries = []
     if "kl" in verified:
         text = verified["text"]
@@ -125,20 +125,29 @@ def _front_matter(
     data = ModelCardData(
         library_name="gguf" if gguf else "transformers",
         pipeline_tag=task,
-        license=weights_licence,
         base_model=base_model,
         tags=["deepseek_v3", "mixture-of-experts", report["format"]],
         model_name=_title(report),
         eval_results=entries or None,
+        **licence,
     )
-    if base_model is not None and report["format"] != AS_IT_WAS:
-        data["base_model_relation"] = "quantized"
-    elif base_model is not None and report["source"]["adapter"] is not None:
-        data["base_model_relation"] = "finetune"
-    elif base_model is None and original is not None and report["format"] == AS_IT_WAS:
-        for name in ("base_model", "base_model_relation"):
-            data[name] = original.data.get(name)
+    if base_model is not None and relation is not None:
+        data["base_model_relation"] = relation
     return data
+
+
+def _base(
+    report: Mapping[str, Any], base_model: str | None, original: ModelCard | None
+) -> tuple[str | None, str | None]:
+    """The base's repository, and what the export is to it."""
+    if report["format"] != AS_IT_WAS:
+        return base_model, "quantized"
+    relation = None
+    if base_model is None and original is not None:
+        base_model, relation = (original.data.get(name) for name in ("base_model", "base_model_relation"))
+    if report["source"]["adapter"] is not None:
+        return base_model, "finetune"
+    return base_model, None if relation in ("adapter", "quantized") else relation  # the source was, this is not
 
 
 def _title(report: Mapping[str, Any]) -> str:
@@ -261,7 +270,7 @@ def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {public_name(str(value))}" for name, value in values.items())
 
 
-def _limitations(original: Any) -> str:
+def _limitations(original: ModelCard | None) -> str:
     """That section of the original's card."""
     found = None if original is None else re.search(r"^## Limitations\n(.*?)(?=^## |\Z)", original.text, re.M | re.S)
     return f"The original's card says:\n\n{found[1].strip()}" if found else ""

@@ -8,19 +8,20 @@ from huggingface_hub import ModelCardData
 
 from ..configuration.local_paths import is_repository, without_paths
 from .card import (
-    CARD,
     CITATION,
     HERE,
     Measured,
     architecture,
     better_baselines,
     grid,
-    load_card,
+    licence_fields,
+    licence_name,
     read_config,
     recipe_block,
     render,
     results,
     software,
+    source_card,
     table,
     write_with_record,
 )
@@ -63,7 +64,7 @@ def write_finetuning_cards(
         record: what `finetuning.finetune` returned.
         base_model: the base's repository on the Hub; None takes the recipe's base if that is one. Without it the
             front matter names no base, and `push` asks for it where one is needed.
-        weights_licence: None takes the one that the base's own card states, if the base is a folder with a card.
+        weights_licence: None takes the one that the base's own card states, if the base is a folder with a valid card.
             Without it the front matter states none, and `push` asks for it.
 
     Raises:
@@ -73,15 +74,15 @@ def write_finetuning_cards(
     try:
         base = record["recipe"]["base"]
         base_model = base_model or (base if is_repository(base) else None)
-        weights_licence = weights_licence or _licence_of(Path(base))
+        licence = licence_fields(weights_licence, source_card(Path(base)))
         public = without_paths(record)
         shape = table(architecture(read_config(base)))
         cards = {}
         for name in record["artifacts"]:
-            front = _front_matter(name, public, base_model, weights_licence)
+            front = _front_matter(name, public, base_model, licence)
             fields = _fields(name, public, base_model) | {
                 "architecture": shape,
-                "licence": _licence(weights_licence, base_model, public),
+                "licence": _licence(licence_name(licence), base_model, public),
             }
             cards[output / name] = render("finetuning_card.md", output / name, front, fields)
     except KeyError as error:
@@ -99,7 +100,7 @@ def figure_text(figure: Mapping[str, Any] | None) -> str:
 
 
 def _front_matter(
-    artifact: str, record: Mapping[str, Any], base_model: str | None, weights_licence: str | None
+    artifact: str, record: Mapping[str, Any], base_model: str | None, licence: Mapping[str, Any]
 ) -> ModelCardData:
     recipe, task, test = record["recipe"], record["task"], record["test"]
     adapter, classifies = artifact == "adapter", task["kind"] == "classification"
@@ -112,11 +113,11 @@ def _front_matter(
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag=pipeline,
-        license=weights_licence,
         base_model=base_model,
         tags=["deepseek_v3", "mixture-of-experts", "lora" if recipe["method"] == "lora" else "fine-tuned"],
         model_name=_title(artifact, task),
         eval_results=results(pipeline, task["name"], "test", task["sha256"], measured) or None,
+        **licence,
     )
     if base_model is not None:
         data["base_model_relation"] = "adapter" if adapter else "finetune"
@@ -173,11 +174,6 @@ def _fields(artifact: str, record: Mapping[str, Any], base_model: str | None) ->
         "risks": _risks(task["name"]),
         "citation": CITATION,
     }
-
-
-def _licence_of(base: Path) -> str | None:
-    card = base / CARD
-    return load_card(card).data.get("license") if card.is_file() else None
 
 
 def _data_licence(task: Mapping[str, Any]) -> str:

@@ -27,8 +27,11 @@ _TEXT = ("license", "library_name", "pipeline_tag", "base_model_relation", "lice
 _TASK = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
-def read_card(text: str, where: str) -> ModelCard:
+def read_card(text: str, where: str, base_model: str | None = None) -> ModelCard:
     """Parse a card, and check its front matter.
+
+    Args:
+        base_model: replaces the base that the card names, which may then be any path.
 
     Raises:
         ValueError: names `where` and the field, what was found and what is allowed.
@@ -47,6 +50,8 @@ def read_card(text: str, where: str) -> ModelCard:
         raise ValueError(f"{where}: the front matter is not YAML ({error})") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    if base_model is not None:
+        card.data["base_model"] = base_model
 
     for name in _TEXT:
         if name in raw and not isinstance(raw[name], str):

@@ -47,7 +47,7 @@ class PushResult:
         pull_request: its URL, if one was asked for and needed.
         files: name -> SHA-256 of every file, read back from the Hub.
         left_out: names of the folder's files that were not sent.
-        deleted: names of weights of an earlier push that these do not replace.
+        deleted: names of weights and records of an earlier push that these do not replace.
     """
 
     repo_id: str
@@ -212,22 +212,22 @@ def _publish(
 
 def _card(path: Path, publication: Publication, base_model: str | None) -> ModelCard:
     """The card as it is uploaded: with `base_model` and the relation to it, which adapters and exports must have."""
-    card = load_card(path)
-    kinds = {"adapter": "adapter", "quantized": "quantized"}
-    needed = kinds.get(publication.kind)
+    card = load_card(path, base_model)
+    needed = None if publication.kind == "checkpoint" else publication.kind
     if base_model is not None:
-        card.data["base_model"] = base_model
+        # PEFT's tags for the base hold its path; the Hub makes its own
+        card.data["tags"] = [tag for tag in card.data.get("tags", []) if not tag.startswith("base_model:")] or None
     if needed and not base_models(card):
         what = "an adapter's" if needed == "adapter" else "a quantized model's"
         raise ValueError(
             f"{path}: base_model is missing, and {what} card names its base: push the base first, then pass its "
             "repository as base_model"
         )
-    if needed:
-        found = card.data.get("base_model_relation", needed)
-        if found != needed:
-            raise ValueError(f"{path}: base_model_relation is {found!r}, allowed for this folder is {needed!r}")
-        card.data["base_model_relation"] = needed
+    found = card.data.get("base_model_relation", needed)
+    if found not in ((needed,) if needed else (None, "finetune", "merge")):
+        allowed = repr(needed) if needed else "'finetune', 'merge' or none"
+        raise ValueError(f"{path}: base_model_relation is {found!r}, allowed for this folder is {allowed}")
+    card.data["base_model_relation"] = found
     if card.data.get("license") is None:
         raise ValueError(f"{path}: license is missing: write `license: apache-2.0`, or another, into its front matter")
     return read_card(str(card), str(path))
@@ -266,13 +266,15 @@ def _check_same_kind(repo_id: str, publication: Publication, there: set[str]) ->
 
 
 def _stale(contents: Mapping[str, Content], there: set[str]) -> list[str]:
-    """Weights in the repository that a loader could take for a part of those which are sent."""
+    """Weights in the repository that a loader could take for a part of those which are sent; records of other ones."""
 
     def weights(names: set[str]) -> set[str]:
         return {name for name in names if any(fnmatchcase(name, pattern) for pattern in _WEIGHTS)}
 
-    sent = weights(set(contents))
-    return sorted(weights(there) - sent) if sent else []
+    old = weights(there) if weights(set(contents)) else set()
+    if CARD in contents:  # which records belong to; a tokenizer comes without
+        old |= there & set(RECORDS)
+    return sorted(old - set(contents))
 
 
 def _checksums(contents: Mapping[str, Content], old: str, there: set[str]) -> bytes:

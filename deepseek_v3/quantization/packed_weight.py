@@ -88,6 +88,10 @@ class PackedWeight(nn.Module):
         self._cache.clear()
         return super()._apply(move, recurse)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._cache.clear()
+        super()._load_from_state_dict(*args)
+
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, {self.dtype}, {self.layout}"
 

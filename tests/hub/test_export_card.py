@@ -12,8 +12,11 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from deepseek_v3 import DeepseekV3ForSequenceClassification, DeepseekV3ForTokenClassification
+from deepseek_v3.cli import main
+from deepseek_v3.evaluation import speed
 from deepseek_v3.export.run import export
 from deepseek_v3.export.verify import verify
+from deepseek_v3.finetuning import apply_lora
 from deepseek_v3.hub import push, write_export_card
 from tests.finetuning.runs import make_tokenizer, save_base
 from tests.hub.conftest import CARD
@@ -176,6 +179,64 @@ def test_16_bits_are_no_quantization(source: Path, tmp_path: Path) -> None:
     verify(tmp_path / "bf16", source, text=str(write_corpus(tmp_path / "text") / "d0.txt"), rows=4, length=32)
     data = ModelCard.load(write_export_card(tmp_path / "bf16", source, base_model="some/base")).data
     assert data.base_model == "some/base" and "base_model_relation" not in data
+
+
+def test_the_card_that_peft_saves_does_not_stop_verify(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name, value in (("DECODED", 3), ("REPEATS", 1), ("MTP_TOKENS", 8)):
+        monkeypatch.setattr(speed, name, value)
+    adapter, folder = tmp_path / "adapter", tmp_path / "bf16"
+    apply_lora(AutoModelForCausalLM.from_pretrained(source), rank=2).save_pretrained(adapter)
+    export(adapter, folder, "bf16", dtype="fp32", progress=False)
+    text = str(write_corpus(tmp_path / "text") / "d0.txt")
+    assert main(["verify", str(folder), "--against", str(adapter), "--text", text, "--rows", "4"]) == 0
+    assert f"base_model is {str(source)!r}"[:40] in capsys.readouterr().out
+    assert ModelCard.load(folder / "README.md").data.base_model is None
+
+
+@pytest.mark.parametrize("card", ["# My model\n", "---\nlicense: other\nlicense_name: own\n---\n\n# My model\n"])
+def test_a_source_s_card_that_is_not_valid_gives_nothing(
+    exported: Path, card: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "fp8"))
+    (folder / "README.md").unlink(missing_ok=True)
+    (tmp_path / "README.md").write_text(card)
+    assert ModelCard.load(write_export_card(folder, tmp_path)).data.license is None
+    assert re.search(r"README.md: .*; nothing is taken from that card", capsys.readouterr().out)
+
+
+def test_a_licence_with_a_name_of_its_own_is_taken_whole(exported: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "fp8"))
+    (folder / "README.md").unlink(missing_ok=True)
+    link = "https://example.org/licence"
+    front = f"license: other\nlicense_name: own\nlicense_link: {link}\n"
+    (tmp_path / "README.md").write_text(f"---\n{front}---\n\n# My model\n")
+    card = ModelCard.load(write_export_card(folder, tmp_path))
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "own", link)
+    assert "Weights: own." in card.text
+
+
+@pytest.mark.parametrize(
+    "merged, relation, expected",
+    [(True, "adapter", "finetune"), (True, None, "finetune"), (False, "quantized", None), (False, "merge", "merge")],
+)
+def test_what_plain_weights_are_to_the_base_of_their_source(
+    exported: Path, merged: bool, relation: str | None, expected: str | None, tmp_path: Path
+) -> None:
+    """They are no adapter and not quantized, whatever the source was."""
+    report, _ = records(exported)
+    report["format"] = "bf16"
+    report["options"] = {"dtype": "bf16"}
+    report["source"]["adapter"] = {"name": "adapter", "files": {}} if merged else None
+    for name in ("config.json", "verify.json"):
+        shutil.copy(exported / name, tmp_path)
+    (tmp_path / "export.json").write_text(json.dumps(report))
+    (tmp_path / "source").mkdir()
+    front = "base_model: me/base\n" + (f"base_model_relation: {relation}\n" if relation else "")
+    (tmp_path / "source" / "README.md").write_text(CARD.replace("license:", f"{front}license:"))
+    data = ModelCard.load(write_export_card(tmp_path, tmp_path / "source")).data
+    assert (data.base_model, data.get("base_model_relation")) == ("me/base", expected)
 
 
 def test_a_changed_card_is_kept(source: Path, exported: Path) -> None:

@@ -212,6 +212,8 @@ def test_a_published_base_and_its_licence(run: Run) -> None:
     card = Path(run[1]["recipe"]["base"]) / "README.md"
     card.write_text("---\nlicense: mit\n---\n")
     (adapter, merged) = (ModelCard.load(path) for path in write_finetuning_cards(*run, base_model="some/base"))
+    card.write_text("# no front matter")
+    assert ModelCard.load(write_finetuning_cards(*run)[0]).data.license is None
     card.unlink()
     assert (adapter.data.base_model, adapter.data.license) == ("some/base", "mit")
     assert adapter.data.base_model_relation == "adapter" and merged.data.base_model_relation == "finetune"

@@ -83,12 +83,27 @@ def test_weights_of_an_earlier_push_do_not_stay(hub: FakeHub, folder: Path, tmp_
     push(folder, "tester/model")
     before = {name for name in hub.files("tester/model") if name.startswith("model")}
     result = push_model(model, "tester/model", card=CARD)
-    assert set(result.deleted) == before and len(before) >= 4
+    assert set(result.deleted) == {*before, "run.json"} and len(before) >= 4
     found = hub.files("tester/model")
     assert {name for name in found if name.startswith("model")} == {"model.safetensors"}
     assert "tokenizer.json" in found  # what is no weights stays, in the checksums too
     sums = found["SHA256SUMS"].decode()
-    assert "tokenizer.json" in sums and "00001" not in sums
+    assert "tokenizer.json" in sums and "00001" not in sums and "run.json" not in sums
+
+
+def test_records_of_an_earlier_push_do_not_stay(hub: FakeHub, folder: Path) -> None:
+    """They hold figures of other weights; what else lies in the repository is not touched."""
+    records = {"run.json", "export.json", "verify.json", "evaluation.json"}
+    for name in records:
+        (folder / name).write_text('{"files": {}}')
+    push(folder, "tester/model")
+    assert records <= set(hub.files("tester/model"))
+    (folder / "verify.json").unlink()
+    (folder / "evaluation.json").unlink()
+    (folder / "generation_config.json").unlink()
+    assert push(folder, "tester/model").deleted == ("evaluation.json", "verify.json")
+    assert "generation_config.json" in hub.files("tester/model")
+    assert push_tokenizer(make_tokenizer(), "tester/model").deleted == ()
 
 
 # -- loading it back
@@ -169,6 +184,20 @@ def test_an_adapter_is_loaded_back_on_its_pushed_base(hub: FakeHub, folder: Path
     here = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), local_adapter)
     assert torch.equal(logits(loaded), logits(here))
     assert not torch.equal(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(folder)))
+
+
+def test_the_base_of_peft_s_own_card_is_replaced(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    apply_lora(AutoModelForCausalLM.from_pretrained(folder), targets=["attention"], rank=2).save_pretrained(path)
+    card = (path / "README.md").read_text()
+    assert f"base_model: {folder}\n" in card and f"- base_model:adapter:{folder}\n" in card
+    (path / "README.md").write_text(card.replace("library_name:", "license: mit\nlibrary_name:"))
+    with pytest.raises(ValueError, match=f"base_model is '{folder}', allowed is the name of a repository"):
+        push(path, "tester/adapter")
+    push(folder, "tester/model")
+    push(path, "tester/adapter", base_model="tester/model")
+    found = hub.files("tester/adapter")["README.md"].decode()
+    assert "base_model: tester/model\n" in found and "- lora\n" in found and str(folder) not in found
 
 
 def test_a_model_and_a_tokenizer_in_memory(hub: FakeHub, model: DeepseekV3ForCausalLM, tmp_path: Path) -> None:
@@ -509,6 +538,13 @@ def test_a_quantized_folder_names_its_base(hub: FakeHub, folder: Path, tmp_path:
     (folder / "README.md").write_text(CARD)
     push(folder, "tester/fp8", base_model="tester/base")
     assert "base_model_relation: quantized\n" in hub.files("tester/fp8")["README.md"].decode()
+
+
+@pytest.mark.parametrize("relation", ["adapter", "quantized"])
+def test_plain_weights_are_no_adapter_and_not_quantized(hub: FakeHub, folder: Path, relation: str) -> None:
+    front = f"base_model_relation: {relation}\nbase_model: a/b\nlicense:"
+    (folder / "README.md").write_text(CARD.replace("license:", front))
+    refused(hub, folder, f"base_model_relation is '{relation}', allowed for this folder is 'finetune'")
 
 
 def test_weights_the_index_does_not_name_stay_at_home(hub: FakeHub, folder: Path) -> None:

@@ -26,7 +26,15 @@ from deepseek_v3.quantization import (
     quantized_fraction,
 )
 from deepseek_v3.quantization.packed_weight import PackedLinear
-from tests.modeling_deepseek_v3.helpers import build, gradients, relative_error, run_python, tiny_config, tokens
+from tests.modeling_deepseek_v3.helpers import (
+    build,
+    gradients,
+    randomize,
+    relative_error,
+    run_python,
+    tiny_config,
+    tokens,
+)
 from tests.modeling_deepseek_v3.test_checkpoint import PEAK
 from tests.quantization import stored
 
@@ -113,6 +121,19 @@ def test_weights_stay_packed_and_are_written_as_they_were(name: str, shards: int
     assert before == after
     again = load(tmp_path / "written", dtype=torch.bfloat16)
     assert_bytes_equal(again.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8"])
+def test_loading_a_state_replaces_what_was_made_of_the_old_one(name: str, checkpoints, tmp_path: Path) -> None:
+    """The CPU's layout of INT4, and the projection that decoding keeps dequantized."""
+    other = randomize(build(tiny_config(**stored.SIZES)), seed=5)
+    folders = [checkpoints[name][0], stored.write(tmp_path / name, name, other)[0]]
+    model, other = (load(folder, dtype=torch.bfloat16) for folder in folders)
+    options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    before, expected = (torch.cat(each.generate(tokens(1, 9), **options).logits) for each in (model, other))
+    assert not torch.equal(before, expected)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(torch.cat(model.generate(tokens(1, 9), **options).logits), expected)
 
 
 @pytest.mark.parametrize("name", FORMATS)
