@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -92,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("folder", metavar="DIR", help="the export")
     verify.add_argument("--against", required=True, metavar="CHECKPOINT", help="what it was made from")
+    verify.add_argument("--adapter", help="a PEFT adapter that was merged into CHECKPOINT")
     verify.add_argument("--text", default="stdlib", help="held-out text: files, a folder, a .jsonl, datasets:NAME")
     verify.add_argument("--rows", type=int, help="rows of text to compare on")
     verify.set_defaults(run=_verify)
@@ -254,7 +256,8 @@ def _export(args: argparse.Namespace) -> int:
     report = export(args.checkpoint, args.output, args.format, adapter=args.adapter, **options)
     share, bits = report["quantized"]["share"], report["bytes_per_parameter"]
     print(f"wrote {args.output}: {report['bytes']:,} bytes, {bits:.2f} per parameter, {share:.1%} of them quantized")
-    print(f"try: deepseek-v3 verify {args.output} --against {args.checkpoint}")
+    command = ["deepseek-v3", "verify", args.output, "--against", args.checkpoint]
+    print(f"try: {shlex.join(command + (['--adapter', args.adapter] if args.adapter else []))}")
     return 0
 
 
@@ -264,11 +267,11 @@ def _verify(args: argparse.Namespace) -> int:
     from .hub import write_export_card
 
     rows = {} if args.rows is None else {"rows": args.rows}
-    report = verify(args.folder, args.against, text=args.text, **rows)
+    report = verify(args.folder, args.against, adapter=args.adapter, text=args.text, **rows)
     print(verify_table(report))
     folder = Path(args.folder) if Path(args.folder).is_dir() else Path(args.folder).parent  # of a .gguf file
     if not report["failures"] and (folder / "export.json").is_file():
-        print(f"card: {write_export_card(folder, args.against)}")
+        print(f"card: {write_export_card(folder, args.adapter or args.against)}")
     return 1 if report["failures"] else 0
 
 

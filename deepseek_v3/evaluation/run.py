@@ -15,7 +15,7 @@ from ..durable import file_sha256, write_json
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from ..modeling_deepseek_v3.weight_files import read_json, scan_folder
 from ..process import environment, peak_memory, say
-from ..tokenization import load_tokenizer
+from ..tokenization import check_vocab, load_tokenizer
 from .harness import harness_results
 from .speed import mtp_acceptance, throughput
 from .text import LENGTH, TextRows, check_count, read_text, text_anchors, text_results, text_rows
@@ -59,7 +59,8 @@ def evaluate(
     Raises:
         ValueError: no such folder, an adapter, text or harness tasks for a classifier, a task that does not fit, rows
             of a task that are not those of the folder's `run.json`, two sources of one name, a `limit` or `max_length`
-            below 1, weights that are not finite; after the rest is written, figures that are not.
+            below 1, weights that are not finite, a tokenizer with more tokens than the model; after the rest is
+            written, figures that are not finite.
     """
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
@@ -89,6 +90,7 @@ def evaluate(
     model = cls.from_pretrained(folder, device_map={"": device}).eval()
     _check_finite(model, folder)
     tokenizer = load_tokenizer(folder)
+    check_vocab(tokenizer, config.vocab_size)
 
     scored: dict[str, TextRows] = {}
     for source in () if classifier else text or ("stdlib",):

@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter on disk, merged into one tensor at a time: `W + scaling B A`, rounded once.
+"""A PEFT LoRA adapter on disk, merged into one tensor at a time: `W + scaling B A`, which the format rounds.
 
 Only files are read: it takes neither PEFT nor a model. What is understood is plain LoRA on linear layers, on their
 weights as parameters and on the fused experts, and modules that were trained as a whole (`modules_to_save`).
@@ -187,7 +187,7 @@ class Adapter:
         return read_json(path) if path.is_file() else None
 
     def merge(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The official tensor `name` with the adapter, in the dtype of `tensor`, computed in fp32 at least."""
+        """The official tensor `name` with the adapter; in fp32 or fp64 where it is adapted."""
         update = self.updates.get(name)
         if update is None:
             return tensor
@@ -195,7 +195,7 @@ class Adapter:
         rank = update.a.shape[0] // update.experts
         a = update.a.rows(update.expert * rank, rank).read().to(dtype)
         b = self._factor(update.b).unflatten(1, (rank, update.experts))[update.rows, :, update.expert].to(dtype)
-        return torch.addmm(tensor.to(dtype), b, a, alpha=update.scaling).to(tensor.dtype)
+        return torch.addmm(tensor.to(dtype), b, a, alpha=update.scaling)
 
 
 class _ByName:

@@ -25,6 +25,7 @@ KINDS = (
     *("embeddings", "attention", "dense MLP", "shared experts", "routed experts", "router", "norms", "head"),
     *("MTP", "MTP norms"),
 )
+MOST_NATS = 700.0  # e to a higher power is no float
 MLP_KINDS = {"gate": "router", "shared_experts": "shared experts", "experts": "routed experts"}
 
 
@@ -37,6 +38,8 @@ class Tensors(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str) -> torch.Tensor: ...
+
+    def is_quantized(self, name: str) -> bool: ...
 
 
 def tensor_kind(name: str, config: DeepseekV3Config) -> str:
@@ -73,8 +76,9 @@ def tensor_errors(export: Tensors, reference: Tensors, names: Iterable[str]) -> 
     """Relative errors by kind, `||export - reference|| / ||reference||` over all tensors of a kind.
 
     Returns:
-        kind -> `tensors`, `parameters`, `relative_error`, and `largest` with the tensor it is the error of; and the
-        tensors of the export that hold an infinity or a NaN, which are in no error.
+        kind -> `tensors`, `parameters`, `relative_error`, `largest` with the tensor it is the error of, and the same
+        of those that the export does not quantize (`largest_plain`; -1 without any); and the tensors of the export
+        that hold an infinity or a NaN, which are in no error.
 
     Raises:
         ValueError: a tensor of the reference holds one.
@@ -93,12 +97,14 @@ def tensor_errors(export: Tensors, reference: Tensors, names: Iterable[str]) -> 
         size = _square(expected)
         error = _square(found.float().sub_(expected))
         kind = tensor_kind(name, reference.config)
-        row = kinds.setdefault(kind, {"tensors": 0, "parameters": 0, "largest": -1.0})
+        row = kinds.setdefault(kind, {"tensors": 0, "parameters": 0, "largest": -1.0, "largest_plain": -1.0})
         row["tensors"] += 1
         row["parameters"] += expected.numel()
         squares[kind] = squares.get(kind, np.zeros(2)) + (error, size)
-        if (own := _root(error, size)) > row["largest"]:
-            row |= {"largest": own, "largest_tensor": name}
+        own = _root(error, size)
+        for largest in ("largest",) if export.is_quantized(name) else ("largest", "largest_plain"):
+            if own > row[largest]:
+                row |= {largest: own, f"{largest}_tensor": name}
     for kind, row in kinds.items():
         row["relative_error"] = _root(*squares[kind])
     return {kind: kinds[kind] for kind in KINDS if kind in kinds}, non_finite
@@ -145,7 +151,7 @@ def compare_logits(model: DeepseekV3ForCausalLM, reference: ReferenceStates, row
     Returns:
         `kl` (mean KL(reference || model), nats per token), `top1` (share of tokens whose likeliest prediction is the
         same), `bits_per_byte` with `reference`, `export` and `delta`, `perplexity_change` (relative); each with an
-        interval over the rows. If a logit is not finite: only `non_finite`, where it arises first.
+        interval over the rows. If a log-probability is not finite: only `non_finite`, where it arises first.
     """
     model.eval()
     sums: dict[str, list[float]] = {name: [] for name in ("kl", "same", "before", "after", "tokens")}
@@ -156,10 +162,9 @@ def compare_logits(model: DeepseekV3ForCausalLM, reference: ReferenceStates, row
         targets = batch["labels"][:, 1:].to(model.device)
         for own, other, target in zip(states, reference.states[row:], targets, strict=False):  # logits of one row
             predicted = target != IGNORE_INDEX
-            found = model.lm_head(own[:-1][predicted]).float()
+            found = model.lm_head(own[:-1][predicted]).float().log_softmax(-1)
             if not found.isfinite().all():
                 return {"non_finite": first_non_finite(model, ids)}
-            found = found.log_softmax(-1)
             expected = reference.head(other[:-1].to(model.device)[predicted]).float().log_softmax(-1)
             label = target[predicted][:, None]
             sums["kl"].append(float((expected.exp() * (expected - found)).sum(dtype=torch.float64)))
@@ -180,7 +185,8 @@ def compare_logits(model: DeepseekV3ForCausalLM, reference: ReferenceStates, row
             "delta": ratio_of_sums(after - before, bits),
         },
         "perplexity_change": {
-            key: math.expm1(value) if key != "n" and value is not None else value for key, value in change.items()
+            key: math.expm1(min(value, MOST_NATS)) if key != "n" and value is not None else value
+            for key, value in change.items()
         },
     }
 

@@ -139,7 +139,7 @@ def files(source: Source, steps: Sequence[Step], options: Options) -> list[Plann
 def _head(source: Source, options: Options, name: str) -> bytes:
     """Everything before the first tensor, written by the gguf library."""
     if source.tokenizer_folder is None:
-        raise ValueError(f"{source.folder}: has no tokenizer.json, which a GGUF file has to hold")
+        raise ValueError(f"{source.no_tokenizer()}, which a GGUF file has to hold")
     tokenizer = DeepseekV3Tokenizer.from_pretrained(source.tokenizer_folder)
     check_vocab(tokenizer, source.config.vocab_size)
 

@@ -102,6 +102,10 @@ class GGUFSource:
         """Of what `read` returns: the file's own for F32, F16 and BF16, fp32 for the quantized types."""
         return PLAIN.get(self.kind(name), torch.float32)
 
+    def is_quantized(self, name: str) -> bool:
+        """Whether the file holds codes and scales of it, or of a part."""
+        return any(self._tensors[place.name].kind not in PLAIN for place in self._places[name])
+
     def read(self, name: str) -> torch.Tensor:
         """One official tensor, dequantized. Nothing of it is kept."""
         parts = {place.name.split(".", 2)[-1]: self._read_piece(place, name) for place in self._places[name]}

@@ -14,13 +14,14 @@ from ..durable import file_sha256
 from ..modeling_deepseek_v3.checkpoint import check_tensors, mtp_copies, tensor_shapes
 from ..modeling_deepseek_v3.weight_files import scan_folder
 from ..tokenization import DeepseekV3Tokenizer, check_vocab
+from ..tokenization.moonshot import RANKS
 from .adapter import RECORD, Adapter, base_folder
 from .decoding import stored_tensors
 from .stored import Stored, bytes_of, regions
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 COMPARED_ROWS = 1024
-HEADS = ("lm_head.weight", "score.weight", "score.bias")
+HEADS = (HEAD, "score.weight", "score.bias")
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (
     TOKENIZER,
@@ -45,13 +46,15 @@ class Source:
 
     Attributes:
         folder: of the checkpoint, or of the adapter's base.
-        config: the configuration, without `quantization_config`, with `architectures`.
+        config: the configuration, without `quantization_config`, with `architectures`. A tied head is untied by an
+            adapter that trained the embedding: it stays the base's embedding, as in PEFT's own merge.
         quantization: the checkpoint's own `quantization_config`.
         names: official names in the model's order, the final norm and the head last. The copies of embedding and head
             that checkpoints keep in their MTP layers are not among them.
         copies: name of each of those copies -> the tensor that it repeats.
         adapter: what is merged, or None.
-        dropped: names that the merged model has no place for: head and MTP layers, under a classifier's adapter.
+        dropped: names that the model has no place for: head and MTP layers, under a classifier's adapter; MTP layers,
+            after `leave_out_mtp`.
         files: the checkpoint's files of weights.
         tokenizer_folder: where the tokenizer is, the adapter's if it has one; None without a tokenizer.
         notes: what a user has to know of the model, in sentences.
@@ -91,6 +94,7 @@ class Source:
         found = regions(entries)
         self.files = sorted({region.file for region in found.values()})
         mtp = not classifier and self.config.num_nextn_predict_layers > 0
+        self._tied = self.config.tie_word_embeddings  # in the files
         self._stored = stored_tensors(entries, found, self.quantization, self.config, mtp, where)
         official = {name: stored.entry for name, stored in self._stored.items()}
         check_tensors(official, self.config, str(self.folder), lm_head=not classifier, mtp=mtp)
@@ -101,6 +105,8 @@ class Source:
         self.adapter: Adapter | None = None
         folders = [self.folder] if adapter is None else [Path(adapter), self.folder]
         self.tokenizer_folder = next((path for path in folders if (path / TOKENIZER).is_file()), None)
+        if self.tokenizer_folder is None:
+            self.notes.append(f"{self.no_tokenizer()}: none goes along")
         if adapter is None:
             self._check_head()
         else:
@@ -118,6 +124,11 @@ class Source:
             self._set_names(classifier=True, allowed={*before, *copies})
             kept = set(self.names)
             self.dropped = [name for name in before if name not in kept]
+        causal = self.config.architectures == [CAUSAL]
+        if causal and self._tied and EMBEDDING in {*adapter.whole, *adapter.updates}:
+            self.config.tie_word_embeddings = False
+            self._stored.setdefault(HEAD, self._stored[EMBEDDING])
+            self._set_names(classifier=False)
         self.names += [name for name in adapter.whole if name not in self.names]
         merged = set(self.names)
         if lost := [name for name in adapter.updates if name not in merged]:
@@ -144,7 +155,7 @@ class Source:
     def _set_names(self, classifier: bool, allowed: Iterable[str] = ()) -> None:
         mtp = not classifier and self.config.num_nextn_predict_layers > 0
         tied = self.config.tie_word_embeddings and not classifier
-        original = {"lm_head.weight": EMBEDDING} if tied else {}
+        original = {HEAD: EMBEDDING} if tied else {}
         copies = mtp_copies(self.config) if mtp else {}
         self.copies = {copy: original.get(name, name) for copy, name in copies.items()}
         heads = HEADS[1:] if classifier else () if tied else HEADS[:1]
@@ -153,6 +164,14 @@ class Source:
         if unknown := [name for name in self._stored if name not in known]:
             found = f"{len(unknown)} tensors that the configuration has no place for: {', '.join(unknown[:4]):.400}"
             raise ValueError(f"{self.folder}: {found}")
+
+    def leave_out_mtp(self) -> None:
+        """Be the model without its MTP layers from now on."""
+        self.config.num_nextn_predict_layers = 0
+        kept = {*tensor_shapes(self.config, mtp=False), *HEADS}
+        self.dropped += [name for name in self.names if name not in kept]
+        self.names = [name for name in self.names if name in kept]
+        self.copies = {}
 
     def _check_head(self) -> None:
         """A classifier has `score.weight [labels, hidden]`, which the configuration does not tell for certain."""
@@ -171,8 +190,13 @@ class Source:
         return self._at(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of what `read` returns: the file's, bf16 for FP8, the scales' for INT4 and INT8, or the configuration's."""
+        """Of what `read` returns where nothing is merged into it: the file's, bf16 for FP8, the scales' for INT4 and
+        INT8, or the configuration's."""
         return self._at(name).dtype
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether the file holds codes and scales of it."""
+        return len(self._at(name).regions) > 1
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, dequantized, with the adapter merged. Nothing of it is kept."""
@@ -188,11 +212,16 @@ class Source:
 
     def check_copies(self) -> None:
         """ValueError if a copy in an MTP layer, or a tied head, is another tensor than the one it should repeat."""
-        tied = {"lm_head.weight": EMBEDDING} if self.config.tie_word_embeddings else {}
-        for copy, original in {**self.copies, **tied}.items():
+        tied = {HEAD: EMBEDDING} if self._tied else {}
+        for copy, original in {**tied, **self.copies}.items():
             if copy in self._stored and not _same(self._stored[copy], self._stored[original]):
                 found = f"{copy} differs from {original}, which it should repeat"
                 raise ValueError(f"{self._stored[copy].regions[0].file}: {found}; an export would lose it")
+
+    def no_tokenizer(self) -> str:
+        """That there is none, and how to make one, in words."""
+        remedy = "deepseek_v3.tokenization.convert_tiktoken makes one of tiktoken.model"
+        return f"{self.folder}: found no {TOKENIZER}" + (f" ({remedy})" if (self.folder / RANKS).is_file() else "")
 
     def companions(self) -> dict[str, Path]:
         """Name -> file of what goes along with the weights: the tokenizer and the generation settings."""

@@ -16,14 +16,13 @@ from ..evaluation.speed import mtp_acceptance, throughput
 from ..evaluation.text import LENGTH, TextRows, read_text, text_rows
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
 from ..process import environment, say
-from ..tokenization import DeepseekV3Tokenizer
+from ..tokenization import DeepseekV3Tokenizer, check_vocab
 from .fidelity import Tensors, compare_logits, coverage, reference_states, tensor_errors
-from .source import TOKENIZER, Source
+from .source import Source
 from .steps import ROUTING_BIAS
 
 RECORD = "verify.json"
-QUANTIZED = {"attention", "dense MLP", "shared experts", "routed experts", "MTP"}  # kinds; GGUF takes more of them
-ROUNDING = 0.004  # relative error of a tensor that is stored in 16 bits
+ROUNDING = 0.004  # largest relative error of any tensor that the export does not quantize: one of 16 bits
 # fields of config.json that may differ: how the weights are stored, and what transformers notes of a load
 STORAGE_FIELDS = ("dtype", "torch_dtype", "quantization_config", "transformers_version", "_name_or_path")
 
@@ -33,7 +32,7 @@ class Thresholds:
     """Past these an export fails.
 
     Attributes:
-        relative_error: largest error of a kind of tensor that the format quantizes; `ROUNDING` holds for the others.
+        relative_error: largest error of a kind of tensor; `ROUNDING` holds for each that the export does not quantize.
         kl: largest mean KL(reference || export), nats per token.
         top1: smallest share of equal top predictions.
         perplexity: largest relative rise.
@@ -69,6 +68,7 @@ def verify(
     folder: str | Path,
     against: str | Path,
     *,
+    adapter: str | Path | None = None,
     text: str = "stdlib",
     rows: int | None = 64,
     length: int = LENGTH,
@@ -84,6 +84,7 @@ def verify(
     Args:
         folder: an export of any format, a folder or a ``.gguf`` file.
         against: the checkpoint, or the PEFT adapter, that it was made from.
+        adapter: the PEFT adapter that was merged into that checkpoint.
         text: what to score, as `evaluation.read_text` takes it; `rows` of `length` tokens of it, drawn by `seed`.
         weights: "packed" runs the export as `from_pretrained` loads it, quantized activations included; "dequantized"
             runs plain matrices of the same weights, as it always does for GGUF.
@@ -93,23 +94,32 @@ def verify(
         The record, JSON-ready: `coverage`, `config` (fields that differ), `tensors` (errors by kind), `kl`, `top1`,
         `bits_per_byte`, `perplexity_change`, `mtp_acceptance`, `decode_tokens_per_second`, `bytes`,
         `bytes_per_parameter`, and `failures`: what is past a threshold, in words. Where tensors are missing or not
-        finite, and for classifiers, no logits are compared.
+        finite, and for classifiers, no logits are compared. `mtp_left_out`: whether the export is a GGUF file without
+        the reference's MTP layers, as `mtp=False` writes it. That is no failure, and they enter no figure of it.
 
     Raises:
-        ValueError: a folder that is no checkpoint, a reference without tokenizer or with numbers that are not finite;
-            names the file, field or tensor.
+        ValueError: a folder that is no checkpoint, a reference without tokenizer, with one that has more tokens than
+            the model, or with numbers that are not finite; names the file, field or tensor.
     """
     logging.disable_progress_bar()
-    reference = Source(against)
+    reference = Source(against, adapter)
     export, where = _open(Path(folder))
     form = _format(export)
     limits = thresholds or DEFAULTS[form]
     tokenizer = None
     if "score.weight" not in reference.names:
         if reference.tokenizer_folder is None:
-            raise ValueError(f"{reference.folder}: found no {TOKENIZER}, which the comparison of logits needs")
+            raise ValueError(f"{reference.no_tokenizer()}, which the comparison of logits needs")
         tokenizer = DeepseekV3Tokenizer.from_pretrained(reference.tokenizer_folder)
-    report: dict[str, Any] = {"export": _name(folder), "against": _name(against), "format": form}
+        check_vocab(tokenizer, reference.config.vocab_size)
+    made_from = _name(against) if adapter is None else f"{_name(against)} + {_name(adapter)}"
+    report: dict[str, Any] = {"export": _name(folder), "against": made_from, "format": form}
+    parameters = {"reference": _parameters(reference)}
+    depths = [source.config.num_nextn_predict_layers for source in (reference, export)]
+    report["mtp_left_out"] = form == "gguf" and depths[0] > 0 == depths[1]
+    if report["mtp_left_out"]:
+        reference.leave_out_mtp()
+    parameters["export"] = _parameters(reference)
     say("comparing tensors")
     report["coverage"] = found = coverage(export, reference)
     # GGUF metadata hold what the forward pass needs; whether that is right, the logits show
@@ -117,10 +127,9 @@ def verify(
     different = {*found["missing"], *(line.split(":")[0] for line in found["other_shape"])}
     names = [name for name in reference.names if name not in different]
     report["tensors"], report["non_finite_tensors"] = tensor_errors(export, reference, names)
-    counted = [name for name in reference.names if not name.endswith(ROUTING_BIAS)]
-    report["parameters"] = sum(torch.Size(reference.shape(name)).numel() for name in counted)
+    report["parameters"] = parameters["export"]
     report["bytes"] = {"reference": _weight_bytes(reference.folder), "export": _weight_bytes(Path(folder))}
-    report["bytes_per_parameter"] = {key: size / report["parameters"] for key, size in report["bytes"].items()}
+    report["bytes_per_parameter"] = {key: size / parameters[key] for key, size in report["bytes"].items()}
 
     if tokenizer is not None and not different and not report["non_finite_tensors"]:
         length = min(length, reference.config.max_position_embeddings)
@@ -173,6 +182,11 @@ def _config_differences(export: DeepseekV3Config, reference: DeepseekV3Config) -
     before, after = reference.to_dict(), export.to_dict()
     names = sorted({*before, *after} - set(STORAGE_FIELDS))
     return {name: [before.get(name), after.get(name)] for name in names if before.get(name) != after.get(name)}
+
+
+def _parameters(source: Source) -> int:
+    counted = [name for name in source.names if not name.endswith(ROUTING_BIAS)]
+    return sum(torch.Size(source.shape(name)).numel() for name in counted)
 
 
 def _weight_bytes(path: Path) -> int:
@@ -250,14 +264,17 @@ def _failures(report: Mapping[str, Any], limits: Thresholds) -> list[str]:
     found += [f"config: {name} is {after!r}, was {before!r}" for name, (before, after) in report["config"].items()]
     if names := report["non_finite_tensors"]:
         found.append(f"{len(names)} tensors that are not finite, the first {names[0]}")
-    quantized = QUANTIZED | {"embeddings", "head"} if report["format"] == "gguf" else QUANTIZED
     for kind, row in report["tensors"].items():
-        limit = limits.relative_error if kind in quantized else ROUNDING
-        if row["relative_error"] > limit:
-            found.append(f"{kind}: relative error {row['relative_error']:.4g} of the tensors, at most {limit:g}")
-        if row["largest"] > limits.tensor:
-            worst = f"{row['largest']:.4g} of {row['largest_tensor']}"
-            found.append(f"{kind}: relative error {worst}, at most {limits.tensor:g}")
+        if row["largest_plain"] > ROUNDING:
+            which = f"{row['largest_plain_tensor']}, which is not quantized"
+            error, limit = row["largest_plain"], ROUNDING
+        elif row["relative_error"] > limits.relative_error:
+            which, error, limit = "the tensors", row["relative_error"], limits.relative_error
+        elif row["largest"] > limits.tensor:
+            which, error, limit = row["largest_tensor"], row["largest"], limits.tensor
+        else:
+            continue
+        found.append(f"{kind}: relative error {error:.4g} of {which}, at most {limit:g}")
     if "non_finite_logits" in report:
         found.append(f"logits are not finite, from {report['non_finite_logits']} on")
     if "kl" not in report:
@@ -268,7 +285,8 @@ def _failures(report: Mapping[str, Any], limits: Thresholds) -> list[str]:
         "share of other top predictions": (1 - report["top1"]["value"], 1 - limits.top1),
     }
     if report["mtp_acceptance"]:
-        shares = [report["mtp_acceptance"][key]["value"] for key in ("reference", "export")]
+        # None: no draft was made, as the first token ended every text
+        shares = [report["mtp_acceptance"][key]["value"] or 0.0 for key in ("reference", "export")]
         figures["fall of the MTP acceptance"] = (shares[0] - shares[1], limits.mtp)
     past = {name: (value, limit) for name, (value, limit) in figures.items() if value > limit}
     return found + [f"{name}: {value:.4g}, at most {limit:.4g}" for name, (value, limit) in past.items()]
@@ -289,6 +307,8 @@ def verify_table(report: Mapping[str, Any]) -> str:
         lines.append(f"{counts}{row['relative_error']:>11.2e}{row['largest']:>11.2e}  {name}")
     size, rate = report["bytes"], report["bytes_per_parameter"]
     lines.append(f"bytes: {size['export']:,} of {size['reference']:,}, {rate['export']:.3f} per parameter")
+    if report["mtp_left_out"]:
+        lines.append("MTP left out: the file does not have those layers, and none of their tensors was compared")
     if "kl" in report:
         text, bits = report["text"], report["bits_per_byte"]
         lines += [

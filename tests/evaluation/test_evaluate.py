@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
-from deepseek_v3.evaluation import evaluate
+from deepseek_v3.evaluation import evaluate, speed
 from deepseek_v3.evaluation.speed import mtp_acceptance, throughput
 from deepseek_v3.evaluation.text import TextRows, text_results
 from deepseek_v3.export import export
@@ -204,6 +204,9 @@ def test_what_cannot_be_evaluated_is_named(checkpoint: Path, tmp_path: Path) -> 
         evaluate(checkpoint, text=[source], tasks=[rows], limit=2)
     with pytest.raises(ValueError, match="no checkpoint"):
         evaluate(tmp_path)
+    write_checkpoint(tmp_path / "small", vocab_size=280)
+    with pytest.raises(ValueError, match="token .* has id 299, but config.vocab_size is 280"):
+        evaluate(tmp_path / "small", text=[source], limit=2)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="an adapter: merge it first"):
         evaluate(tmp_path)
@@ -212,8 +215,8 @@ def test_what_cannot_be_evaluated_is_named(checkpoint: Path, tmp_path: Path) -> 
 def test_speed_counts_tokens_and_mtp_counts_drafts() -> None:
     model = tiny_model()
     prompts = [tokens(12, vocab=300, seed=i) for i in range(3)]
-    speed = throughput(model, prompts[0])
-    assert speed["prompt_tokens"] == 12 and speed["clock"] == "process CPU time"
+    figures = throughput(model, prompts[0])
+    assert figures["prompt_tokens"] == 12 and figures["clock"] == "process CPU time"
     found = mtp_acceptance(model, prompts, max_new_tokens=10)
     stats = [
         model.generate(
@@ -225,3 +228,36 @@ def test_speed_counts_tokens_and_mtp_counts_drafts() -> None:
     assert found["drafts"] == sum(s.drafted[0] for s in stats) and found["n"] == 3
     assert found["value"] == sum(s.accepted[0] for s in stats) / found["drafts"]
     assert mtp_acceptance(tiny_model(num_nextn_predict_layers=0), prompts) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_cache": False},
+        {"num_beams": 4},
+        {"cache_implementation": "static"},
+        {"output_hidden_states": True},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"stop_strings": ["x"]},
+        {"penalty_alpha": 0.6},
+        {"max_time": 0.0},
+    ],
+    ids=str,
+)
+def test_generation_settings_do_not_change_what_is_measured(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("DECODED", 3), ("REPEATS", 1)):
+        monkeypatch.setattr(speed, name, value)
+    model = tiny_model(use_cache=settings.get("use_cache", True))
+    prompts = [tokens(12, vocab=300, seed=i) for i in range(2)]
+    expected = mtp_acceptance(model, prompts, max_new_tokens=8)
+    model.generation_config = own = GenerationConfig(**settings)
+    assert mtp_acceptance(model, prompts, max_new_tokens=8) == expected
+    lengths: list[int] = []
+    forward = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    throughput(model, prompts[0])
+    forward.remove()
+    assert lengths == 2 * [12] + 2 * [12, 1, 1, 1] and model.generation_config is own

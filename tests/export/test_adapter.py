@@ -19,11 +19,13 @@ from deepseek_v3 import (
     DeepseekV3ForTokenClassification,
 )
 from deepseek_v3.export import Source, export
+from deepseek_v3.export.gguf import read_gguf
 from deepseek_v3.finetuning import apply_lora, load_adapter
 from deepseek_v3.tokenization import train_tokenizer
 from tests.evaluation.helpers import tiny_tokenizer
 from tests.evaluation.helpers import write_checkpoint as write_with_tokenizer
-from tests.export.helpers import config_json, read_tensors
+from tests.export.gguf_models import export_gguf, save_model
+from tests.export.helpers import config_json, read_tensors, write_checkpoint
 from tests.modeling_deepseek_v3.helpers import relative_error, tokens
 
 PREFIX = "base_model.model.model"
@@ -103,6 +105,46 @@ def test_copies_in_the_mtp_layer_follow_the_merged_tensors(plain: Path, tmp_path
         assert torch.equal(found[copy], found[original]) and not torch.equal(found[copy], before[copy])
     source = Source(plain, tmp_path / "adapter")
     assert torch.equal(source.read("model.embed_tokens.weight"), found["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(
+    "trained_by", [{"modules_to_save": ["embed_tokens"]}, {"target_parameters": ["embed_tokens.weight"]}]
+)
+@torch.no_grad()
+def test_a_trained_embedding_leaves_a_tied_head(tmp_path: Path, trained_by: dict[str, Any], kept: bool) -> None:
+    """As PEFT runs and merges it: the head is the base's embedding. `kept`: the base's file holds the head too."""
+    base = write_checkpoint(tmp_path / "base", tie_word_embeddings=True)
+    model = DeepseekV3ForCausalLM.from_pretrained(base)
+    tensors = read_tensors(base)
+    before = tensors["model.embed_tokens.weight"]
+    if kept:
+        save_file({**tensors, "lm_head.weight": before.clone()}, base / "model.safetensors")
+    config = LoraConfig(r=2, target_modules=["q_b_proj"], task_type="CAUSAL_LM", **trained_by)
+    model = trained(get_peft_model(model, config)).eval()
+    ids = tokens(2, 12)
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path / "adapter")
+    export(base, tmp_path / "out", "bf16", adapter=tmp_path / "adapter", dtype="fp32")
+    merged, found = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "out").eval(), read_tensors(tmp_path / "out")
+    assert relative_error(merged(ids).logits, expected) < 1e-5
+    assert torch.equal(found["lm_head.weight"], before) and not merged.config.tie_word_embeddings
+    for copy, original in Source(tmp_path / "out").copies.items():
+        assert torch.equal(found[copy], found[original])
+
+
+@pytest.mark.parametrize("arguments", [{"modules_to_save": ["embed_tokens"]}, {}])
+def test_only_a_trained_embedding_unties_the_head(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    base = write_checkpoint(tmp_path / "base", tie_word_embeddings=True)
+    tensors = read_tensors(base)
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
+    config = LoraConfig(r=2, target_modules=["q_b_proj"], **arguments)
+    trained(get_peft_model(DeepseekV3ForCausalLM.from_pretrained(base), config)).save_pretrained(tmp_path / "adapter")
+    source = Source(base, tmp_path / "adapter")
+    assert source.config.tie_word_embeddings == (not arguments) == ("lm_head.weight" not in source.names)
+    save_file({**tensors, **head}, base / "model.safetensors")
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        Source(base, tmp_path / "adapter").check_copies()
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +288,22 @@ def test_a_bf16_base_is_rounded_once(ragged: Path, tmp_path: Path) -> None:
     assert len(different) < len(expected) / 2
 
 
+def test_a_small_update_of_a_bf16_base_is_kept_in_fp32(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", torch.bfloat16)
+    model = trained(apply_lora(DeepseekV3ForCausalLM.from_pretrained(base), ["attention"], rank=2))
+    model.save_pretrained(tmp_path / "adapter")
+    change(tmp_path / "adapter", lora_alpha=0.002)  # 3e-4 of the weights, a fraction of bf16's steps
+    name = "model.layers.1.self_attn.o_proj.weight"
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    a, b = (factors[f"base_model.model.{name.replace('weight', f'lora_{half}.weight')}"].double() for half in "AB")
+    before = read_tensors(base)[name].double()
+    assert relative_error(before + 0.001 * b @ a, before) < 5e-4
+    export(base, tmp_path / "out", "bf16", adapter=tmp_path / "adapter", dtype="fp32")
+    gguf = read_gguf(export_gguf(base, tmp_path / "gguf", "F32", adapter=tmp_path / "adapter"))
+    for found in (read_tensors(tmp_path / "out")[name], gguf.read(name)):
+        assert relative_error(found.double() - before, 0.001 * b @ a) < 1e-3
+
+
 def test_an_adapter_alone_names_its_base(plain: Path, tmp_path: Path) -> None:
     model = trained(apply_lora(DeepseekV3ForCausalLM.from_pretrained(plain), rank=2))
     model.save_pretrained(tmp_path / "adapter")
@@ -363,4 +421,4 @@ def test_an_adapter_merges_into_a_quantized_base(plain: Path, adapter: Path, tmp
     name = "model.layers.1.mlp.experts.3.gate_proj.weight"
     update = both.read(name) - bases.read(name)
     assert update.abs().max() > 0.01
-    assert relative_error(merged.read(name).float() - base.read(name).float(), update) < 0.1  # bf16 weights
+    assert relative_error(merged.read(name) - base.read(name).float(), update) < 1e-5

@@ -35,6 +35,9 @@ class InMemory:
     def read(self, name: str) -> torch.Tensor:
         return self.tensors[name].clone()
 
+    def is_quantized(self, name: str) -> bool:
+        return ".mlp.experts." in name and "layers.3" not in name
+
 
 def official(seed: int = 0) -> dict[str, torch.Tensor]:
     config = tiny_config()
@@ -100,6 +103,21 @@ def test_the_module_where_infinity_arises_is_named(rows: TextRows) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@torch.no_grad()
+def test_a_head_that_is_damaged_beyond_measure_has_figures(rows: TextRows) -> None:
+    model = tiny_model()
+    states = reference_states(model, rows)
+    other = tiny_model()
+    other.lm_head.weight.mul_(1e5)
+    found = compare_logits(other, states, rows)
+    assert found["bits_per_byte"]["delta"]["value"] * rows.bytes_per_token > 1e4  # e to that power is no float
+    for figure in (found["kl"], found["perplexity_change"]):
+        assert 1e3 < figure["low"] <= figure["value"] <= figure["high"] < math.inf
+    assert found["perplexity_change"]["n"] == len(rows.chosen)
+    other.lm_head.weight.mul_(1e33)  # finite logits, whose differences are not
+    assert compare_logits(other, states, rows) == {"non_finite": "lm_head"}
+
+
 def test_every_official_tensor_has_a_kind() -> None:
     config = tiny_config()
     kinds: dict[str, list[str]] = {kind: [] for kind in KINDS}
@@ -137,6 +155,7 @@ def test_tensor_errors_are_relative_norms_by_kind() -> None:
     assert row["largest_tensor"] == first
     own = 0.5 * math.sqrt(before[first].numel()) / float(before[first].norm())
     assert row["largest"] == pytest.approx(own, rel=1e-5)
+    assert row["largest_plain"] == -1 and "largest_plain_tensor" not in row  # all of them count as quantized
     assert row["parameters"] == sum(before[name].numel() for name in experts)
     assert all(errors[kind]["relative_error"] == 0 for kind in errors if kind != "routed experts")
     assert sum(row["tensors"] for row in errors.values()) == len(before)

@@ -239,6 +239,17 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(checkpoint: Path) -> None
             source.read(name)
 
 
+def test_a_source_without_a_tokenizer_says_so(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert Source(checkpoint).notes == []
+    (checkpoint / "tokenizer.json").unlink()
+    said = f"{checkpoint}: found no tokenizer.json"
+    assert Source(checkpoint).notes == [f"{said}: none goes along"]
+    (checkpoint / "tiktoken.model").touch()
+    export(checkpoint, tmp_path / "out", "bf16", progress=False)
+    remedy = "deepseek_v3.tokenization.convert_tiktoken makes one of tiktoken.model"
+    assert capsys.readouterr().out == f"{said} ({remedy}): none goes along\n"
+
+
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path}.*config.json"):
         Source(tmp_path)

@@ -1,6 +1,7 @@
 """`verify` on exports that are right, and on exports that are broken in one way each."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
+from deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification, cli
 from deepseek_v3.evaluation import speed
 from deepseek_v3.export import Source, export
 from deepseek_v3.export import verify as verify_module
@@ -55,7 +56,7 @@ def change(folder: Path, tmp_path: Path, tensor: str, value: Any) -> Path:
 
 def test_a_checkpoint_verifies_against_itself(folder: Path) -> None:
     report = check(folder, "model")
-    assert report["failures"] == [] and report["format"] == "bf16"
+    assert report["failures"] == [] and report["format"] == "bf16" and report["mtp_left_out"] is False
     assert report["kl"]["value"] == 0 and report["top1"]["value"] == 1
     assert report["bytes"]["export"] == report["bytes"]["reference"]
     assert report["mtp_acceptance"]["export"] == report["mtp_acceptance"]["reference"]
@@ -110,6 +111,21 @@ def test_gguf_runs_as_plain_matrices_of_its_weights(folder: Path) -> None:
     assert check(folder, file, thresholds=LOOSE)["kl"] == report["kl"]
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_gguf_without_mtp_layers_is_compared_without_them(folder: Path, tmp_path: Path, adapted: bool) -> None:
+    model = folder / "model"
+    adapter = tmp_path / "adapter" if adapted else None
+    if adapted:
+        apply_lora(DeepseekV3ForCausalLM.from_pretrained(model), ["attention"], rank=2).save_pretrained(adapter)
+    made = export(model, tmp_path / "gguf", "gguf", adapter=adapter, quantization="F32", mtp=False, progress=False)
+    report = check(folder, tmp_path / "gguf", adapter=adapter)
+    assert report["failures"] == [] and report["mtp_left_out"] is True and report["mtp_acceptance"] is None
+    assert report["kl"]["value"] < 1e-6 and "MTP left out" in verify_table(report)
+    assert report["coverage"]["missing"] == [] and not {"MTP", "MTP norms"} & report["tensors"].keys()
+    assert report["parameters"] == made["parameters"] > 0
+    assert report["bytes_per_parameter"]["export"] == pytest.approx(made["bytes_per_parameter"])
+
+
 def test_dequantized_matrices_give_the_same_logits(folder: Path) -> None:
     """Official FP8 is dequantized at loading, so that both ways compute from the same matrices."""
     packed = check(folder, "fp8", thresholds=LOOSE)
@@ -133,6 +149,50 @@ def test_a_weight_that_fp8_may_not_touch_fails(folder: Path, tmp_path: Path) -> 
     assert report["tensors"]["router"]["largest_tensor"] == "model.layers.1.mlp.gate.weight"
 
 
+@torch.no_grad()
+def noise(tensor: torch.Tensor) -> torch.Tensor:
+    """15 % of it: what 4 bits may cost."""
+    direction = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+    return (tensor + 0.15 * tensor.float().norm() / direction.norm() * direction).to(tensor.dtype)
+
+
+@pytest.mark.parametrize(
+    "form, options, names",
+    [
+        ("int4", {"method": "rtn", "group_size": 32}, ("self_attn.o_proj", "mlp.shared_experts.up_proj")),
+        ("int8", {}, ("self_attn.kv_b_proj",)),  # of a kind that else is quantized
+        ("nf4", {"targets": "experts"}, ("self_attn.o_proj",)),
+    ],
+)
+def test_a_tensor_that_is_not_quantized_is_only_rounded(
+    classifier: Path, tmp_path: Path, form: str, options: dict[str, Any], names: tuple[str, ...]
+) -> None:
+    export(classifier / "model", tmp_path / form, form, progress=False, **options)
+    assert verify(tmp_path / form, classifier / "model")["failures"] == []
+    file = tmp_path / form / "model.safetensors"
+    changed = {f"model.layers.1.{name}.weight" for name in names}
+    tensors = {name: noise(tensor) if name in changed else tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    report = verify(tmp_path / form, classifier / "model")
+    found = [failure for failure in report["failures"] if "which is not quantized, at most 0.004" in failure]
+    assert len(found) == len(changed) and all(any(name in line for line in found) for name in changed)
+    assert "relative error 0.15" in found[0] and f"FAILED {found[0]}" in verify_table(report)
+
+
+def test_gguf_that_quantizes_nothing_is_only_rounded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its types say, and not that it is GGUF."""
+    monkeypatch.setattr(verify_module, "_compare_models", lambda *arguments: {})
+    name = "model.layers.1.self_attn.kv_b_proj.weight"
+    damaged = change(folder, tmp_path, name, noise)
+    for quantization, expected in (("F16", 1), ("Q8_0", 0)):
+        output = tmp_path / quantization
+        export(damaged, output, "gguf", quantization=quantization, progress=False)
+        failures = check(folder, output)["failures"]
+        assert len(failures) == expected and all(f"of {name}, which is not quantized" in line for line in failures)
+
+
 def test_a_reference_with_a_nan_is_refused(folder: Path, tmp_path: Path) -> None:
     name = "model.layers.2.mlp.experts.3.up_proj.weight"
     reference = change(folder, tmp_path, name, lambda w: w.index_fill(0, torch.tensor(0), torch.nan))
@@ -154,6 +214,28 @@ def test_an_overflow_in_the_forward_pass_is_named(folder: Path, tmp_path: Path) 
     report = check(folder, broken)
     assert report["non_finite_logits"] == "model.layers.0.mlp.up_proj"
     assert report["failures"][-1] == "logits are not finite, from model.layers.0.mlp.up_proj on"
+
+
+def test_models_that_end_every_text_at_once_have_no_drafts(folder: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "ending", eos_token_id=0)
+    file = tmp_path / "ending" / "model.safetensors"
+    tensors = load_file(file)
+    ended = {name: torch.zeros_like(tensor) if "head" in name else tensor for name, tensor in tensors.items()}
+    save_file(ended, file, {"format": "pt"})
+    report = verify(tmp_path / "ending", tmp_path / "ending", text=str(folder / "text"), rows=2, length=32)
+    assert report["failures"] == [] and report["mtp_acceptance"]["export"]["value"] is None
+    assert "MTP acceptance, export      - [-, -]" in verify_table(report)
+    drafting = {**report, "mtp_acceptance": {**report["mtp_acceptance"], "reference": {"value": 0.3}}}
+    assert verify_module._failures(drafting, DEFAULTS["bf16"]) == ["fall of the MTP acceptance: 0.3, at most 0.1"]
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_named_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "model", vocab_size=280)
+    monkeypatch.setattr(Source, "read", None)
+    with pytest.raises(ValueError, match="token .* has id 299, but config.vocab_size is 280"):
+        verify(tmp_path / "model", tmp_path / "model")
 
 
 def test_an_export_without_mtp_layers_fails(folder: Path, tmp_path: Path) -> None:
@@ -244,6 +326,31 @@ def test_text_is_cut_by_the_tokenizer_that_goes_along(
         report = verify(folder / "bf16", adapter, text=str(folder / "text"), rows=8, length=32)
         assert report["failures"] == [] and report["text"] == expected
         (base / "tokenizer.json").unlink(missing_ok=True)
+
+
+def test_the_command_that_export_names_compares_with_the_merged_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, out = str(folder / "model"), str(tmp_path / "my adapter"), str(tmp_path / "out")
+    model = apply_lora(DeepseekV3ForCausalLM.from_pretrained(base), ["attention"], rank=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    model.save_pretrained(adapter)
+    (tmp_path / "my adapter" / "README.md").write_text("---\nlicense: mit\n---\n## Limitations\n\nOf the adapter.\n")
+    options = ["--format", "bf16", "--set", "dtype=fp32", "--output", out]
+    assert cli.main(["export", base, "--adapter", adapter, *options]) == 0
+    program, *command = shlex.split(capsys.readouterr().out.split("try: ")[1])
+    text = ["--text", str(folder / "text"), "--rows", "2"]
+    assert program == "deepseek-v3" and cli.main([*command, *text]) == 0
+    report = json.loads((tmp_path / "out" / "verify.json").read_text())
+    assert report["against"] == "model + my adapter" and report["kl"]["value"] == 0
+    assert all(row["largest"] == 0 for row in report["tensors"].values())
+    assert "Of the adapter." in (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.setattr(verify_module, "_compare_models", lambda *arguments: {})
+    assert cli.main(["verify", out, "--against", base, *text]) == 1
+    assert "FAILED attention" in capsys.readouterr().out
 
 
 def test_a_reference_without_a_tokenizer_is_named_at_once(
