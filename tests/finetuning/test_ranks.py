@@ -44,7 +44,8 @@ def test_two_ranks_train_as_one(base: Path, data: Path, tmp_path: Path, variant:
     one, both = weights(tmp_path / "one" / folder), weights(tmp_path / "two" / folder)
     assert one.keys() == both.keys()
     for name, tensor in one.items():
-        torch.testing.assert_close(both[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+        # a thirtieth of one step: Adam divides by the root of squares that can be next to nothing
+        torch.testing.assert_close(both[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
     if variant == "unfreezing":
         start = weights(base)
         moved, also = ({n for n in run if n not in start or not torch.equal(run[n], start[n])} for run in (both, one))
