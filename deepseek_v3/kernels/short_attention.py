@@ -1,6 +1,6 @@
 """Attention over short sequences on a CPU: torch's forward, and a backward of few large products.
 
-torch's fused backward multiplies every head of every sequence alone, which below some 250 positions costs more than it
+torch's fused backward multiplies every head of every sequence alone, which below some 200 positions costs more than it
 saves: `benchmarks/short_attention.py`.
 """
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-MAX_LENGTH = 255  # of the keys; with more, torch's backward is as fast and needs less memory
+MAX_LENGTH = 192  # of the keys; with more, torch's backward is as fast and needs less memory
 MAX_SCORES = 2**24  # of all heads and sequences, which are held in fp32
 
 
