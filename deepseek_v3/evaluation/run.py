@@ -84,13 +84,13 @@ def evaluate(
     classifier = "DeepseekV3ForSequenceClassification" in (config.architectures or ())
     if classifier and (text or lm_eval_tasks):
         raise ValueError(f"{folder}: a classifier; text and lm-eval tasks need a language model")
+    tokenizer = load_tokenizer(folder)
+    check_vocab(tokenizer, config.vocab_size)
     record = _begin(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cls = DeepseekV3ForSequenceClassification if classifier else DeepseekV3ForCausalLM
     model = cls.from_pretrained(folder, device_map={"": device}).eval()
     _check_finite(model, folder)
-    tokenizer = load_tokenizer(folder)
-    check_vocab(tokenizer, config.vocab_size)
 
     scored: dict[str, TextRows] = {}
     for source in () if classifier else text or ("stdlib",):
