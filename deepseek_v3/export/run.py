@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
+from ..configuration.licence import licence_files
 from ..configuration.local_paths import without_paths
 from ..durable import file_sha256, write_json
 from ..process import environment, locked, peak_memory, reset_peak_memory, say, stop_signals
@@ -236,6 +237,8 @@ def _write(
         write_index(folder, files, counts["parameters"])
         write_config(source, folder, dtype, module.quantization_config(source, options))
         copy_companions(source.companions(), folder)
+    else:  # one file holds the rest
+        copy_companions(licence_files(source.folder), folder)
     if hasattr(module, "finish"):
         module.finish(folder, source, options)
         hashes = {}

@@ -10,6 +10,7 @@ import torch
 
 from ..configuration import DeepseekV3Config
 from ..configuration.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..configuration.licence import licence_files
 from ..durable import file_sha256
 from ..modeling_deepseek_v3.checkpoint import check_tensors, mtp_copies, tensor_shapes
 from ..modeling_deepseek_v3.weight_files import scan_folder
@@ -224,11 +225,11 @@ class Source:
         return f"{self.folder}: found no {TOKENIZER}" + (f" ({remedy})" if (self.folder / RANKS).is_file() else "")
 
     def companions(self) -> dict[str, Path]:
-        """Name -> file of what goes along with the weights: the tokenizer and the generation settings."""
-        found: dict[str, Path] = {}
+        """Name -> file of what goes along with the weights: tokenizer, generation settings and licence."""
+        found = licence_files(self.folder)
         if (folder := self.tokenizer_folder) is not None:
             files = (file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)))
-            found = {file.relative_to(folder).as_posix(): file for file in files}
+            found |= {file.relative_to(folder).as_posix(): file for file in files}
         if (self.folder / GENERATION_CONFIG).is_file():
             found[GENERATION_CONFIG] = self.folder / GENERATION_CONFIG
         return found

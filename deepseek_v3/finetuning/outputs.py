@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..configuration import DeepseekV3Config
+from ..configuration.licence import licence_files
 from .build import base_folder, load_tokenizer, unwrapped
 from .lora import report_trainable
 from .quantized_merge import merge_quantized
@@ -101,6 +102,8 @@ def _write(name: str, recipe: FinetuneRecipe, model: nn.Module) -> dict[str, int
     model.save_pretrained(part)
     (part / "README.md").unlink(missing_ok=True)  # PEFT's form to fill in, with the local path of the base
     load_tokenizer(recipe.base).save_pretrained(part)  # the one that was used would cut every text to max_length
+    for each, file in licence_files(base_folder(recipe.base)).items():
+        shutil.copyfile(file, part / each)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     return {"bytes": sum(file.stat().st_size for file in folder.iterdir())}

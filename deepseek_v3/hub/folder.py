@@ -6,17 +6,17 @@ from typing import Any, Literal
 
 from ..configuration import DeepseekV3Config
 from ..configuration.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..configuration.licence import is_licence_file
 from ..modeling_deepseek_v3.checkpoint import check_tensors
 from ..modeling_deepseek_v3.weight_files import INDEX_NAME, read_header, read_json, scan_folder
 from .card import CARD, RECORD
 
 CONVERTED, EXPORT, VERIFIED, EVALUATED = "conversion.json", "export.json", "verify.json", "evaluation.json"
 RECORDS = (RECORD, CONVERTED, EXPORT, VERIFIED, EVALUATED)
-# Published if they are there, beside the weights. No pickles, no training arguments, no optimizer states.
+# Published if they are there, beside weights and licence. No pickles, no training arguments, no optimizer states.
 ALLOWED = frozenset(
     {
-        *(CARD, "LICENSE", "NOTICE"),
-        *("config.json", "generation_config.json", ADAPTER_CONFIG),
+        *(CARD, "config.json", "generation_config.json", ADAPTER_CONFIG),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
         *("vocab.json", "merges.txt", "chat_template.jinja"),
         *RECORDS,
@@ -61,7 +61,8 @@ def read_folder(folder: Path) -> Publication:
         raise ValueError(f"{folder / min(unfinished)}: the export is not finished; the same export command goes on")
     kind, weights = _weights(folder)
     allowed = ALLOWED | weights
-    chosen = {name: folder / name for name in names if name in allowed or Path(name).match(f"{TEMPLATES}/*.jinja")}
+    allowed |= {name for name in names if is_licence_file(name) or Path(name).match(f"{TEMPLATES}/*.jinja")}
+    chosen = {name: folder / name for name in names if name in allowed}
     for path in chosen.values():
         if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path}: leads to {path.resolve()}; only files in the folder itself are published")

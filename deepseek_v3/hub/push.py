@@ -79,7 +79,7 @@ def push(
     paths; an uploaded adapter names `base_model` as its base. The folder itself is not changed.
 
     Args:
-        folder: with `README.md`; see `hub.folder.ALLOWED` for what is uploaded beside the weights.
+        folder: with `README.md`; see `hub.folder.ALLOWED` for what is uploaded beside weights and licence.
         repo_id: `name` or `namespace/name`.
         private: of a repository that is made now; an existing public one is refused with True.
         create_pr: open a pull request on an existing repository instead of committing to it.

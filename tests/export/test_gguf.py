@@ -1,6 +1,7 @@
 """GGUF files against the gguf library: names, shapes, types and values of the tensors, and the way back."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -159,8 +160,10 @@ def test_k_quants_say_what_to_install(base: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_the_report_counts_what_is_quantized(base: Path, tmp_path: Path) -> None:
-    report = export(base, tmp_path, "gguf", quantization="Q8_0", progress=False)
-    assert report["files"].keys() == {"tiny-Q8_0.gguf"}
+    shutil.copytree(base, tmp_path / "tiny")
+    (tmp_path / "tiny" / "LICENSE").write_text("MIT")
+    report = export(tmp_path / "tiny", tmp_path / "out", "gguf", quantization="Q8_0", progress=False)
+    assert report["files"].keys() == {"tiny-Q8_0.gguf", "LICENSE"}
     assert 0.98 < report["quantized"]["share"] < 1  # all but norms and routers
     assert 34 / 32 < report["bytes_per_parameter"] < 1.3  # the rest is the tokenizer
     source = Source(base)

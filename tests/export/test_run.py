@@ -185,8 +185,9 @@ def test_a_finished_export_is_not_done_again(plain: Path, tmp_path: Path, monkey
 def test_a_lost_file_that_goes_along_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_checkpoint(tmp_path / "source")
     (source / "additional_chat_templates").mkdir()
-    names = [*TOKENIZER, "generation_config.json", "additional_chat_templates/tool.jinja"]
-    (source / names[-1]).write_text("{{ y }}")
+    names = [*TOKENIZER, "generation_config.json", "LICENSE-MODEL", "additional_chat_templates/tool.jinja"]
+    for name in names[-2:]:
+        (source / name).write_text("{{ y }}")
     report = export(source, tmp_path / "out", "bf16")
     for name in names:
         (tmp_path / "out" / name).unlink()

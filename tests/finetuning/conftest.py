@@ -11,7 +11,9 @@ from tests.finetuning.runs import save_base, write_data
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"))
+    folder = save_base(tmp_path_factory.mktemp("base"))
+    (folder / "LICENSE").write_text("MIT")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -99,6 +99,7 @@ def test_what_a_run_leaves(finished: Finished, name: str) -> None:
         files = list((output / folder).iterdir())
         assert record["artifacts"][folder]["bytes"] == sum(path.stat().st_size for path in files)
         assert output / folder / "README.md" not in files
+        assert (output / folder / "LICENSE").read_text() == "MIT"  # the base's
         saved, original = ((path / "tokenizer.json").read_text() for path in (output / folder, Path(chosen.base)))
         assert saved == original  # without the cut to max_length that was set meanwhile
     assert json.loads((output / "run.json").read_text()) == record

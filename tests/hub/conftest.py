@@ -27,7 +27,9 @@ repository = "."
 ```
 """
 SECRET = "hf_" + "aB3" * 11
-LEFT_OUT = (".env", ".lock", "checkpoints", "notes.txt", "optimizer.pt", "rng_state.pth", "training_args.bin")
+LEFT_OUT = (
+    *(".env", ".lock", "NOTICE.pkl", "checkpoints", "notes.txt", "optimizer.pt", "rng_state.pth", "training_args.bin"),
+)
 
 
 @pytest.fixture
@@ -71,7 +73,8 @@ def folder(tmp_path: Path, model: DeepseekV3ForCausalLM) -> Path:
     make_tokenizer().save_pretrained(folder)
     (folder / "README.md").write_text(CARD)
     (folder / "run.json").write_text('{"finished": true}')
-    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", ".env", "notes.txt", ".lock"):
+    (folder / "LICENSE-MODEL").write_text("MIT")
+    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", ".env", "notes.txt", ".lock", "NOTICE.pkl"):
         (folder / name).write_text(f"HF_TOKEN={SECRET}")
     (folder / "checkpoints").mkdir()
     return folder
