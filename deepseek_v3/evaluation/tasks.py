@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from ..configuration.local_paths import public_name
 from ..finetuning.baselines import classification_baselines
 from ..finetuning.evaluate import classification_results, evaluate_task
+from ..finetuning.examples import length_notes
 from ..finetuning.recipe import NO_OPTIONS
 from ..finetuning.tasks import TASKS, TaskData, load_task
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from ..modeling_deepseek_v3.weight_files import read_json
+from ..process import say
 
 MAX_LENGTH = 512  # tokens per row, as in a fine-tuning recipe
 RUN = "run.json"  # of the run that made the checkpoint
@@ -122,16 +124,21 @@ def task_results(
     """
     task = chosen.data
     _check(model, task)
+    found = evaluate_task(model, task, tokenizer, chosen.max_length)
+    left_out, truncated = ({"test": found.get(key, 0)} for key in ("n_left_out", "n_truncated"))
+    notes = length_notes({"test": task.test}, left_out, truncated, chosen.max_length)
+    for note in notes:
+        say(f"  {note}")
     results: dict[str, Any] = {
         "kind": task.kind,
         "source": public_name(task.source),
         "licence": task.licence,
         "sha256": task.sha256,
-        "notes": [*task.notes, *chosen.notes],
+        "notes": [*task.notes, *chosen.notes, *notes],
         "split": "test",
         "options": chosen.options,
         "max_length": chosen.max_length,
-        **evaluate_task(model, task, tokenizer, chosen.max_length),
+        **found,
     }
     if anchors and task.kind == "classification" and task.train:
         results["baselines"] = {

@@ -1,7 +1,7 @@
 """A model's results on a task, as the record holds them: figures with intervals from `metrics`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,15 +33,13 @@ RECALL = 0.9  # at which a reviewer's share of the cases is reported
 
 @torch.no_grad()
 def class_probabilities(
-    model: nn.Module, rows: Sequence[Row], task: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int
+    model: nn.Module, examples: Sequence[Mapping[str, Any]], n_classes: int, pad_id: int
 ) -> np.ndarray:
-    """`[N, C]` float64, in the order of the rows."""
-    assert task.labels is not None
+    """`[N, C]` float64, in the order of the examples of `encode_classification`."""
     model.eval()
     device = next(model.parameters()).device
-    examples = encode_classification(rows, tokenizer, task.labels, max_length)
-    probabilities = np.empty((len(examples), len(task.labels)))
-    for chosen, batch in unlabelled_batches(examples, tokenizer.pad_token_id, device):
+    probabilities = np.empty((len(examples), n_classes))
+    for chosen, batch in unlabelled_batches(examples, pad_id, device):
         probabilities[chosen] = model(**batch).logits.double().softmax(-1).cpu().numpy()
     return probabilities
 
@@ -107,16 +105,19 @@ def evaluate_task(
     greedy answers to `generate` prompts, drawn by a fixed seed. Conversations whose prompt fills `max_length` are left
     out: `n` counts the others, `n_left_out` these.
 
+    Rows that are longer than `max_length`, which lose their end (but for texts), are counted in `n_truncated`.
+
     Raises:
         ValueError: all are left out.
     """
-    if task.kind == "classification":
-        validation = None
-        if task.validation and len(task.labels or ()) == 2:  # a threshold is to be chosen
-            validation = class_probabilities(model, task.validation, task, tokenizer, max_length)
-        return classification_results(
-            task, validation, class_probabilities(model, task.test, task, tokenizer, max_length)
-        )
+    if task.labels is not None:
+        classes, pad_id, validation = task.labels, tokenizer.pad_token_id, None
+        if task.validation and len(classes) == 2:  # a threshold is to be chosen
+            examples = encode_classification(task.validation, tokenizer, classes, max_length)
+            validation = class_probabilities(model, examples, len(classes), pad_id)
+        examples = encode_classification(task.test, tokenizer, classes, max_length)
+        report = classification_results(task, validation, class_probabilities(model, examples, len(classes), pad_id))
+        return {**report, "n_truncated": sum(row["truncated"] for row in examples)}
     of_all = pieces_of(task.test, task, tokenizer, max_length)
     left_out = count_left_out(of_all, task, "test", max_length)
     measured = [row for row, of_row in zip(task.test, of_all, strict=True) if of_row]
@@ -127,7 +128,7 @@ def evaluate_task(
     tokens = [[t for piece in of_row for t in piece.labels if t != IGNORE_INDEX] for of_row in pieces]
     sizes = np.array([len(tokenizer.decode(t, skip_special_tokens=True).encode()) for t in tokens])
     report = text_report(nats, np.array([len(t) for t in tokens]), sizes, _groups(measured))
-    report["n_left_out"] = left_out
+    report |= {"n_left_out": left_out, "n_truncated": sum(any(piece.truncated for piece in row) for row in pieces)}
     if task.kind == "chat" and generate:
         rows = _drawn(task.test, generate)
         report["rouge_l"] = _rouge(rows, _answers(model, rows, tokenizer, max_length))

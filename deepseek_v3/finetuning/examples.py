@@ -1,6 +1,6 @@
 """What of a task's rows is learned from: encoded, cut, packed, and counted where nothing is left."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ def make_examples(recipe: FinetuneRecipe, task: TaskData, tokenizer: PreTrainedT
             tokens=sum(len(row["input_ids"]) for row in encoded["train"]),
             left_out=left_out,
             truncated=truncated,
-            notes=_notes(splits, left_out, truncated, length),
+            notes=length_notes(splits, left_out, truncated, length),
         )
     pieces = {name: pieces_of(rows, task, tokenizer, length) for name, rows in splits.items()}
     left_out = {name: count_left_out(of_rows, task, name, length) for name, of_rows in pieces.items()}
@@ -81,13 +81,14 @@ def make_examples(recipe: FinetuneRecipe, task: TaskData, tokenizer: PreTrainedT
         tokens=sum(len(piece.input_ids) for piece in flat["train"]),
         left_out=left_out,
         truncated=truncated,
-        notes=_notes(splits, left_out, truncated, length),
+        notes=length_notes(splits, left_out, truncated, length),
     )
 
 
-def _notes(
-    splits: dict[str, list[dict[str, Any]]], left_out: dict[str, int], truncated: dict[str, int], length: int
+def length_notes(
+    splits: Mapping[str, Sequence[Row]], left_out: Mapping[str, int], truncated: Mapping[str, int], length: int
 ) -> list[str]:
+    """What is left out or cut of each split, in sentences."""
     counted = {
         f"have nothing to learn within max_length {length}": left_out,
         f"are longer than max_length {length}: their end is cut off": truncated,

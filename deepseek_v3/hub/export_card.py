@@ -226,6 +226,8 @@ def _fidelity(verified: Mapping[str, Any]) -> str:
     ]
     if acceptance := verified["mtp_acceptance"]:
         rows.append(["MTP drafts accepted", *(_figure(acceptance[key], ".1%") for key in ("reference", "export"))])
+    elif verified["mtp_left_out"]:
+        rows.append(["MTP layers", "there", "left out"])
     rows.append([f"decoding, tokens per second ({verified['speed']['clock']})", *both])
     size = verified["bytes"]
     rows.append(["bytes of the weights", f"{size['reference']:,}", f"{size['export']:,}"])

@@ -189,6 +189,12 @@ def test_a_classifier_and_its_baselines(tmp_path: Path) -> None:
         logits = [model(tokenizer(row["text"], return_tensors="pt").input_ids).logits[0] for row in task.test]
     right = [task.labels[int(z.argmax())] == row["label"] for z, row in zip(logits, task.test, strict=True)]
     assert results["accuracy"]["value"] == pytest.approx(np.mean(right))
+    lengths = [len(tokenizer(row["text"]).input_ids) for row in task.test]
+    longest = max(lengths)
+    assert results["n_truncated"] == 0 and not any("longer than" in note for note in results["notes"])
+    results = evaluate(folder, tasks=[rows], max_length=longest - 1, anchors=False)["tasks"][Path(rows).name]
+    assert results["n_truncated"] == lengths.count(longest)
+    assert f"of {len(lengths)} rows of test are longer than max_length {longest - 1}" in results["notes"][-1]
     with pytest.raises(ValueError, match="a classifier; text and lm-eval tasks need a language model"):
         evaluate(folder, text=["stdlib"])
     texts = tmp_path / "texts.jsonl"

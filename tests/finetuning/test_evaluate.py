@@ -45,9 +45,12 @@ def test_conversations_whose_prompt_fills_the_length_are_counted(
 ) -> None:
     task = load_task(data / "messages")
     expected = evaluate_task(model, grouped(task, 3), tokenizer, 48)
-    assert expected["n"] == 8 and expected["n_left_out"] == 0
+    assert (expected["n"], expected["n_left_out"], expected["n_truncated"]) == (8, 0, 0)
     long = {"messages": [{"role": "user", "content": "late " * 60}, {"role": "assistant", "content": "no"}]}
     mixed = replace(task, test=[{**long, "group": "h"}, *grouped(task, 3).test])
     assert evaluate_task(model, mixed, tokenizer, 48) == {**expected, "n_left_out": 1}
+    cut = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "late " * 60}]}
+    report = evaluate_task(model, replace(task, test=[cut, *task.test]), tokenizer, 48)
+    assert (report["n"], report["n_left_out"], report["n_truncated"]) == (9, 0, 1)
     with pytest.raises(ValueError, match="none of the 2 rows of test .* max_length 48"):
         evaluate_task(model, replace(task, test=[long, long]), tokenizer, 48)

@@ -161,9 +161,10 @@ def test_an_export_is_published_and_loaded_back(
 
 def test_a_gguf_file_s_card(source: Path, tmp_path: Path, hub: FakeHub) -> None:
     pytest.importorskip("gguf")
-    export(source, tmp_path / "gguf", "gguf", quantization="Q8_0", progress=False)
+    export(source, tmp_path / "gguf", "gguf", quantization="Q8_0", mtp=False, progress=False)
     verify(tmp_path / "gguf", source, text=str(write_corpus(tmp_path / "text") / "d0.txt"), rows=4, length=32)
     card = write_export_card(tmp_path / "gguf", source).read_text()
+    assert "| MTP drafts accepted |" not in card and "| MTP layers | there | left out |" in card
     (name,) = (path.name for path in (tmp_path / "gguf").glob("*.gguf"))
     assert f"llama-cli --model {name}" in card and "GGUF Q8_0, architecture deepseek2" in card
     assert "## Architecture" not in card and ModelCard(card).data.library_name == "gguf"
