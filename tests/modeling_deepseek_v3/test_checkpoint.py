@@ -1,16 +1,14 @@
-"""Files: official names and layouts, exact round trips, FP8 blocks, and what must be refused."""
+"""Files: official names and layouts, exact round trips, and what loads."""
 
 import json
 import re
 import shutil
-import struct
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from deepseek_v3 import (
@@ -21,6 +19,17 @@ from deepseek_v3 import (
     DeepseekV3Model,
 )
 from deepseek_v3.modeling_deepseek_v3 import tensor_shapes
+from tests.modeling_deepseek_v3.checkpoints import (
+    INDEX,
+    PEAK,
+    QUANTIZATION,
+    SINGLE,
+    assert_same_state,
+    is_quantized,
+    official_tensors,
+    saved_tensors,
+    write_official,
+)
 from tests.modeling_deepseek_v3.helpers import (
     build,
     randomize,
@@ -30,73 +39,6 @@ from tests.modeling_deepseek_v3.helpers import (
     tiny_config,
     tokens,
 )
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def official_tensors(model: DeepseekV3ForCausalLM) -> dict[str, torch.Tensor]:
-    """The model's tensors under the names of DeepSeek's files, without help of the code under test."""
-    config, tensors = model.config, {}
-    for name, tensor in model.state_dict().items():
-        prefix, dot, fused = name.partition(".experts.")
-        if not dot:
-            tensors[name] = tensor.clone()
-            continue
-        for expert in range(config.n_routed_experts):
-            parts = tensor[expert].chunk(2) if fused == "gate_up_proj" else [tensor[expert]]
-            kinds = ["gate_proj", "up_proj"] if fused == "gate_up_proj" else ["down_proj"]
-            for kind, part in zip(kinds, parts, strict=True):
-                tensors[f"{prefix}.experts.{expert}.{kind}.weight"] = part.clone()
-    for k in range(config.num_nextn_predict_layers):
-        layer = f"model.layers.{config.num_hidden_layers + k}"
-        tensors[f"{layer}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-        tensors[f"{layer}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    return tensors
-
-
-def write_official(folder: Path, config: DeepseekV3Config, tensors: dict[str, torch.Tensor], shards: int = 0) -> None:
-    folder.mkdir(exist_ok=True)
-    config.save_pretrained(folder)
-    if not shards:
-        save_file(tensors, folder / SINGLE)
-        return
-    names, weight_map = sorted(tensors), {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05d}-of-{shards:06d}.safetensors"  # DeepSeek's own numbering
-        part = names[shard::shards]
-        save_file({name: tensors[name] for name in part}, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def assert_same_state(found: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:
-    state = found.state_dict()
-    assert set(state) == set(expected)
-    for name, tensor in expected.items():
-        assert state[name].dtype == tensor.dtype and torch.equal(state[name], tensor), name
-
-
-@pytest.fixture(scope="module")
-def model() -> DeepseekV3ForCausalLM:
-    return build(tiny_config(num_nextn_predict_layers=2))
-
-
-@pytest.fixture(scope="module")
-def saved(model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(saved, tmp_path / "model"))
-
 
 # --- names ---------------------------------------------------------------------------------------------------------
 
@@ -365,386 +307,6 @@ def test_fewer_mtp_layers_than_the_file_holds(model, saved) -> None:
         DeepseekV3ForCausalLM.from_pretrained(saved, num_hidden_layers=2)
 
 
-# --- FP8 blocks ----------------------------------------------------------------------------------------------------
-
-FP8_CONFIG = {
-    "hidden_size": 192,
-    "intermediate_size": 320,
-    "moe_intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "q_lora_rank": 96,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 64,  # kv_a_proj_with_mqa has 576 rows: 4.5 blocks
-    "v_head_dim": 32,
-    "n_routed_experts": 4,
-    "n_group": 2,
-    "topk_group": 1,
-    "num_experts_per_tok": 2,
-}
-QUANTIZATION = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [128, 128],
-}
-
-
-def is_quantized(name: str) -> bool:
-    """DeepSeek's choice: the projections; not the router, norms, embedding, head and eh_proj."""
-    return name.endswith("_proj.weight") and not name.endswith("eh_proj.weight") or "kv_a_proj_with_mqa" in name
-
-
-def quantize(weight: torch.Tensor, block: tuple[int, int] = (128, 128)) -> tuple[torch.Tensor, ...]:
-    """E4M3 codes, one scale per block, and what they stand for, block by block."""
-    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
-    meant = torch.empty(weight.shape, dtype=torch.bfloat16)
-    scales = torch.empty(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
-    for i in range(scales.shape[0]):
-        for j in range(scales.shape[1]):
-            part = (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
-            scales[i, j] = weight[part].float().abs().max() / 448
-            codes[part] = (weight[part].float() / scales[i, j]).to(torch.float8_e4m3fn)
-            meant[part] = (codes[part].float() * scales[i, j]).bfloat16()
-    return codes, scales, meant
-
-
-def fp8_checkpoint(folder: Path, shards: int = 0, block: tuple[int, int] = (128, 128)):
-    """An FP8 checkpoint in `folder`; returns the bf16 tensors it stands for."""
-    model = build(tiny_config(**FP8_CONFIG)).bfloat16()
-    stored, meant = {}, {}
-    for name, tensor in official_tensors(model).items():
-        if is_quantized(name):
-            stored[name], stored[f"{name}_scale_inv"], meant[name] = quantize(tensor, block)
-        else:
-            stored[name] = meant[name] = tensor
-    assert sum(name.endswith("_scale_inv") for name in stored) == 5 * 3 + 3 + 2 * 3 * (4 + 1)
-    assert "model.layers.2.self_attn.o_proj.weight_scale_inv" in stored  # the MTP layer
-    model.config.dtype = torch.bfloat16
-    write_official(folder, model.config, stored, shards)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {**QUANTIZATION, "weight_block_size": list(block)}
-    (folder / "config.json").write_text(json.dumps(config))
-    return meant
-
-
-@pytest.mark.parametrize("shards, block", [(0, (128, 128)), (3, (128, 128)), (0, (64, 32))])
-def test_fp8_blocks_are_dequantized_exactly(shards: int, block: tuple[int, int], tmp_path) -> None:
-    meant = fp8_checkpoint(tmp_path / "fp8", shards, block)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8")
-    found = official_tensors(loaded)
-    assert set(found) == set(meant)
-    for name, tensor in meant.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-    assert getattr(loaded.config, "quantization_config", None) is None
-    loaded(tokens(1, 5))
-
-    loaded.save_pretrained(tmp_path / "bf16")
-    assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
-    again = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "bf16")
-    assert_same_state(again, loaded.state_dict())
-
-
-def test_fp8_files_are_read_anew_by_each_load(tmp_path) -> None:
-    for block in ((128, 128), (64, 32)):
-        meant = fp8_checkpoint(tmp_path / "fp8", block=block)  # rounded differently
-        weight = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8").model.layers[0].self_attn.o_proj.weight
-        assert torch.equal(weight, meant["model.layers.0.self_attn.o_proj.weight"].to(weight.dtype))
-        shutil.rmtree(tmp_path / "fp8")
-
-
-def test_fp8_blocks_load_in_another_dtype_and_into_other_heads(tmp_path) -> None:
-    meant = fp8_checkpoint(tmp_path)
-    name = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
-    loaded = DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, num_nextn_predict_layers=0)
-    stored = saved_tensors(tmp_path)
-    scale = stored[f"{name}_scale_inv"].repeat_interleave(128, 0)[:576].repeat_interleave(128, 1)[:, :192]
-    assert torch.equal(loaded.get_parameter(name), stored[name].float() * scale) and loaded.mtp_layers == []
-    base = AutoModel.from_pretrained(tmp_path)
-    assert torch.equal(base.get_parameter(name.removeprefix("model.")), meant[name])
-    classifier = DeepseekV3ForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
-    assert torch.equal(classifier.get_parameter(name), meant[name]) and classifier.score.out_features == 3
-
-
-def change_tensors(folder: Path, change) -> None:
-    tensors = load_file(folder / SINGLE)
-    change(tensors)
-    save_file(tensors, folder / SINGLE)
-
-
-KV_A = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda t: t.pop(f"{KV_A}_scale_inv"), f"{KV_A} is F8_E4M3 without"),
-        (lambda t: t.update({KV_A: t[KV_A].bfloat16()}), f"{KV_A} is BF16 with"),
-        (lambda t: t.update({f"{KV_A}_scale_inv": t[f"{KV_A}_scale_inv"][:4]}), r"is \[4, 2\] in .* needs \[5, 2\]"),
-        (lambda t: t.pop(KV_A), f"1 missing: {KV_A}"),
-        (lambda t: t.update({"model.layers.0.other.weight_scale_inv": torch.ones(1, 1)}), "unexpected: .*other"),
-    ],
-)
-def test_broken_fp8_files_are_refused(change, message: str, tmp_path) -> None:
-    fp8_checkpoint(tmp_path)
-    change_tensors(tmp_path, change)
-    with pytest.raises(ValueError, match=message):
-        DeepseekV3ForCausalLM.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("block", [None, 128, [128], [128, 0], [128, 128.0], "128x128"])
-def test_fp8_block_size_is_checked(block, tmp_path) -> None:
-    fp8_checkpoint(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["weight_block_size"] = block
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="weight_block_size"):
-        DeepseekV3ForCausalLM.from_pretrained(tmp_path)
-
-
-# --- what must be refused ------------------------------------------------------------------------------------------
-
-CLASSES = [DeepseekV3ForCausalLM, DeepseekV3Model, DeepseekV3ForSequenceClassification]
-Q_A = "model.layers.1.self_attn.q_a_proj.weight"
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda t: t.pop(Q_A), f"1 missing: {Q_A}"),
-        (lambda t: [t.pop(n) for n in list(t) if "layers.1." in n], r"missing: .* \(\d+ in all\)"),
-        (lambda t: t.update({"model.layers.1.self_attn.typo.weight": torch.ones(2)}), "1 unexpected: .*attn.typo"),
-        (lambda t: t.update({Q_A: t[Q_A][:-1].clone()}), rf"1 of another shape: {Q_A} is \[47, 64\]"),
-        (lambda t: t.update({Q_A: t[Q_A].T.contiguous()}), rf"{Q_A} is \[64, 48\].*needs \[48, 64\]"),
-        (lambda t: (t.clear(), t.update({"bert.encoder.weight": torch.ones(2)})), r"missing: .*1 unexpected: bert"),
-        (lambda t: t.pop("model.layers.2.mlp.experts.7.up_proj.weight"), "1 missing: .*experts.7.up_proj.weight"),
-        (
-            lambda t: t.update({"model.layers.2.mlp.experts.8.up_proj.weight": torch.ones(32, 64)}),
-            "1 unexpected: .*experts.8.up_proj.weight",
-        ),
-        (lambda t: t.pop("model.layers.2.mlp.gate.e_score_correction_bias"), "1 missing: .*e_score_correction_bias"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_named_and_counted(change, message: str, cls, folder) -> None:
-    change_tensors(folder, change)
-    with pytest.raises(ValueError, match=message) as caught:
-        cls.from_pretrained(folder)
-    assert str(folder) in str(caught.value)
-
-
-def test_mismatched_sizes_load_when_asked_for(model, folder) -> None:
-    change_tensors(folder, lambda t: t.update({Q_A: t[Q_A][:-1].clone()}))
-    loaded, info = DeepseekV3ForCausalLM.from_pretrained(
-        folder, ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    assert [key[0] for key in info["mismatched_keys"]] == [Q_A]
-    assert loaded.get_parameter(Q_A).isfinite().all()
-    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-
-
-def test_missing_mtp_tensor_is_refused(folder) -> None:
-    change_tensors(folder, lambda t: t.pop("model.layers.3.eh_proj.weight"))
-    with pytest.raises(ValueError, match=r"1 missing: model\.layers\.3\.eh_proj"):
-        DeepseekV3ForCausalLM.from_pretrained(folder)
-
-
-def write_raw(path: Path, header: bytes, data: bytes = b"", length: int | None = None) -> None:
-    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
-
-
-def entry(dtype: str = "F32", shape: object = (2,), offsets: object = (0, 8)) -> dict:
-    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-
-
-def header(**entries: dict) -> bytes:
-    return json.dumps(entries).encode()
-
-
-TWICE = b"{%s, %s}" % ((b'"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}',) * 2)
-MANY_KEYS = b'{"a": 1, %s "a": 2}' % b"".join(b'"%d": 1, ' % i for i in range(200_000))
-BROKEN_FILES = {
-    "empty": (lambda f: f.write_bytes(b""), "0 bytes"),
-    "seven bytes": (lambda f: f.write_bytes(b"1234567"), "7 bytes"),
-    "header of 2^63 bytes": (lambda f: write_raw(f, b"{}", length=2**63), str(2**63)),
-    "header of 200 MB": (lambda f: write_raw(f, b"{}", length=200_000_000), "200000000"),
-    "header past the end": (lambda f: write_raw(f, b"{}", length=3), "header of 3 bytes"),
-    "no json": (lambda f: write_raw(f, b"{not json"), "not valid JSON"),
-    "no utf-8": (lambda f: write_raw(f, b'{"\xff\xfe": 1}'), "not valid JSON"),
-    "a list": (lambda f: write_raw(f, b"[]"), "is a list"),
-    "nested": (lambda f: write_raw(f, b"[" * 100_000 + b"]" * 100_000), "nested too deeply"),
-    "nested objects": (lambda f: write_raw(f, b'{"a":' * 100_000 + b"1" + b"}" * 100_000), "nested too deeply"),
-    "huge integer": (lambda f: write_raw(f, b'{"a": ' + b"9" * 5000 + b"}"), "not valid JSON|a: header entry"),
-    "duplicate key": (lambda f: write_raw(f, TWICE, b"0" * 8), "duplicate key 'a'"),
-    "duplicate among many keys": (lambda f: write_raw(f, MANY_KEYS), "duplicate key 'a'"),
-    "a name of a megabyte": (lambda f: write_raw(f, header(**{"x" * 2**20: 3})), "xxx: header entry is 3"),
-    "an entry of a megabyte": (lambda f: write_raw(f, header(a="x" * 2**20)), "a: header entry is 'xxx"),
-    "unexpected names of a megabyte": (
-        lambda f: write_raw(f, header(**{"x" * 2**20: entry(shape=[0], offsets=[0, 0])})),
-        "1 unexpected: xxx",
-    ),
-    "entry is no object": (lambda f: write_raw(f, b'{"a": 3}'), "a: header entry is 3"),
-    "bad dtype": (lambda f: write_raw(f, header(a=entry("F99")), b"0" * 8), "a: dtype is 'F99'"),
-    "no dtype": (lambda f: write_raw(f, header(a={}), b"0" * 8), "a: dtype is None"),
-    "dtype is a list": (lambda f: write_raw(f, header(a=entry([])), b"0" * 8), r"a: dtype is \[\]"),
-    "shape is a number": (lambda f: write_raw(f, header(a=entry(shape=2)), b"0" * 8), "a: shape is 2"),
-    "negative size": (lambda f: write_raw(f, header(a=entry(shape=[-2])), b"0" * 8), r"a: shape is \[-2\]"),
-    "size is true": (lambda f: write_raw(f, header(a=entry(shape=[True])), b"0" * 8), r"a: shape is \[True\]"),
-    "overflowing shape": (lambda f: write_raw(f, header(a=entry(shape=[2**39] * 8)), b"0" * 8), "a: 8 bytes"),
-    "shape and bytes differ": (lambda f: write_raw(f, header(a=entry(shape=[3])), b"0" * 8), "a: 8 bytes .* needs 12"),
-    "offsets backwards": (lambda f: write_raw(f, header(a=entry(offsets=[8, 0])), b"0" * 8), "a: data_offsets 8..0"),
-    "offsets are text": (lambda f: write_raw(f, header(a=entry(offsets="08")), b"0" * 8), "a: data_offsets are '08'"),
-    "negative offset": (lambda f: write_raw(f, header(a=entry(offsets=[-8, 0])), b"0" * 8), "a: data_offsets -8"),
-    "past the end": (lambda f: write_raw(f, header(a=entry(offsets=[8, 16])), b"0" * 8), "a: .*outside the file's 8"),
-    "overlap": (lambda f: write_raw(f, header(a=entry(), b=entry(offsets=[4, 12])), b"0" * 12), "b: data starts at"),
-    "hole": (lambda f: write_raw(f, header(a=entry(), b=entry(offsets=[12, 20])), b"0" * 20), "b: data starts at"),
-    "bytes left over": (lambda f: write_raw(f, header(a=entry()), b"0" * 9), "9 bytes of data"),
-    "truncated": (lambda f: f.write_bytes(f.read_bytes()[:-1000]), "truncated"),
-    "truncated in the header": (lambda f: f.write_bytes(f.read_bytes()[:200]), "not a whole safetensors file"),
-    "a pickle": (lambda f: torch.save({"a": torch.ones(2)}, f), "not a whole safetensors file"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_FILES)
-def test_broken_files_are_refused_by_name(name: str, folder) -> None:
-    damage, message = BROKEN_FILES[name]
-    damage(folder / SINGLE)
-    start = time.monotonic()
-    with pytest.raises(ValueError, match=message) as caught:
-        DeepseekV3ForCausalLM.from_pretrained(folder)
-    assert str(folder / SINGLE if name != "unexpected names of a megabyte" else folder) in str(caught.value)
-    assert len(str(caught.value)) < 2000
-    assert time.monotonic() - start < 5
-
-
-@pytest.fixture
-def sharded(model, tmp_path) -> Path:
-    write_official(tmp_path / "model", model.config, official_tensors(model), shards=2)
-    return tmp_path / "model"
-
-
-def remap(folder: Path, target: str) -> None:
-    """Point one tensor of the index at `target`."""
-    index = json.loads((folder / INDEX).read_text())
-    index["weight_map"][Q_A] = target
-    (folder / INDEX).write_text(json.dumps(index))
-
-
-def outside(folder: Path) -> Path:
-    """A whole file with the tensor, beside the model's folder."""
-    file = folder.parent / "secret.safetensors"
-    shutil.copy(folder / "model-00001-of-000002.safetensors", file)
-    return file
-
-
-def link(folder: Path, name: str, target: Path | str) -> str:
-    (folder / name).symlink_to(target)
-    return name
-
-
-def linked_folder(folder: Path) -> str:
-    outside(folder)
-    (folder / "sub").symlink_to(folder.parent)
-    return "sub/secret.safetensors"
-
-
-BROKEN_INDEXES = {
-    "parent folder": (lambda f: remap(f, f"../{outside(f).name}"), "leaves the model folder"),
-    "parent folder and back": (lambda f: remap(f, "../model/model-00001-of-000002.safetensors"), "leaves the model"),
-    "absolute": (lambda f: remap(f, str(outside(f))), "leaves the model folder"),
-    "symbolic link": (lambda f: remap(f, link(f, "x.safetensors", outside(f))), "leaves the model folder"),
-    "link to a link": (
-        lambda f: remap(f, link(f, "y.safetensors", f / link(f, "x.safetensors", outside(f)))),
-        "leaves the model folder",
-    ),
-    "linked folder": (lambda f: remap(f, linked_folder(f)), "leaves the model folder"),
-    "device": (lambda f: remap(f, "/dev/zero"), "is not the name of a safetensors file"),
-    "no file name": (lambda f: remap(f, 7), "7 is not the name"),
-    "a null byte": (lambda f: remap(f, "\0.safetensors"), "is not the name of a safetensors file"),
-    "an overlong name": (lambda f: remap(f, "x" * 5000 + ".safetensors"), "is not the name of a safetensors file"),
-    "half a character": (lambda f: remap(f, "\ud800.safetensors"), "is not the name of a safetensors file"),
-    "another extension": (lambda f: remap(f, "pytorch_model.bin"), "is not the name of a safetensors file"),
-    "absent file": (lambda f: remap(f, "model-00009-of-000002.safetensors"), "has no such file"),
-    "a folder": (lambda f: (f / "d.safetensors").mkdir() or remap(f, "d.safetensors"), "has no such file"),
-    "no weight_map": (lambda f: (f / INDEX).write_text("{}"), "weight_map is NoneType"),
-    "weight_map is a list": (lambda f: (f / INDEX).write_text('{"weight_map": []}'), "weight_map is list"),
-    "weight_map is empty": (lambda f: (f / INDEX).write_text('{"weight_map": {}}'), "weight_map"),
-    "index is a list": (lambda f: (f / INDEX).write_text("[]"), "weight_map is NoneType"),
-    "index is no json": (lambda f: (f / INDEX).write_text("{"), "not valid JSON"),
-    "index is no utf-8": (lambda f: (f / INDEX).write_bytes(b"\xff"), "not valid JSON"),
-    "index with a duplicate": (
-        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}'),
-        "duplicate key 'a'",
-    ),
-    "index is nested": (lambda f: (f / INDEX).write_text("[" * 100_000 + "]" * 100_000), "nested too deeply"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_INDEXES)
-def test_broken_indexes_are_refused_by_name(name: str, sharded) -> None:
-    damage, message = BROKEN_INDEXES[name]
-    damage(sharded)
-    start = time.monotonic()
-    with pytest.raises(ValueError, match=message) as caught:
-        DeepseekV3ForCausalLM.from_pretrained(sharded)
-    assert str(sharded / INDEX) in str(caught.value)
-    assert time.monotonic() - start < 5
-
-
-def test_tensor_in_another_shard_than_the_index_says(sharded) -> None:
-    index = json.loads((sharded / INDEX).read_text())["weight_map"]
-    other = ({*index.values()} - {index[Q_A]}).pop()
-    remap(sharded, other)
-    with pytest.raises(ValueError, match=f"{other}.*{Q_A}"):
-        DeepseekV3ForCausalLM.from_pretrained(sharded)
-
-
-@pytest.mark.parametrize("shard", [0, 1])
-def test_tensor_in_two_shards_is_refused(shard: int, sharded) -> None:
-    """Which of them would count is decided by the order of the files."""
-    index = json.loads((sharded / INDEX).read_text())["weight_map"]
-    files = sorted(set(index.values()))
-    name = next(name for name, file in index.items() if file == files[shard])
-    other = sharded / files[1 - shard]
-    save_file({**load_file(other), name: torch.zeros(2)}, other)
-    with pytest.raises(ValueError, match=name):
-        DeepseekV3ForCausalLM.from_pretrained(sharded)
-
-
-def test_missing_and_truncated_shards_are_refused_by_name(sharded) -> None:
-    file = sharded / "model-00002-of-000002.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=str(file)):
-        DeepseekV3ForCausalLM.from_pretrained(sharded)
-    file.unlink()
-    with pytest.raises(ValueError, match=file.name):
-        DeepseekV3ForCausalLM.from_pretrained(sharded)
-
-
-def test_single_file_that_links_out_is_refused(folder) -> None:
-    shutil.move(folder / SINGLE, folder.parent / "secret.safetensors")
-    (folder / SINGLE).symlink_to(folder.parent / "secret.safetensors")
-    with pytest.raises(ValueError, match="outside the model folder"):
-        DeepseekV3ForCausalLM.from_pretrained(folder)
-
-
-def test_pickles_are_not_read(folder) -> None:
-    (folder / SINGLE).unlink()
-    with pytest.raises(ValueError, match="no weights found"):
-        DeepseekV3ForCausalLM.from_pretrained(folder)
-    torch.save({"lm_head.weight": torch.ones(2)}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="found pytorch_model.bin, but only safetensors"):
-        DeepseekV3ForCausalLM.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, '{"hidden_size": "wide"}', '{"n_group": 7}'])
-def test_broken_configuration_is_refused(content: str, folder) -> None:
-    (folder / "config.json").write_text(content)
-    with pytest.raises(ValueError):
-        DeepseekV3ForCausalLM.from_pretrained(folder)
-
-
 @pytest.mark.parametrize("shards", [0, 2])
 def test_hub_cache_loads(model, shards: int, tmp_path) -> None:
     """Every file of a snapshot is a relative link to a blob beside the snapshots."""
@@ -766,32 +328,6 @@ def test_subfolder_and_variant_load(model, sizes: list[str], tmp_path) -> None:
     assert [(tmp_path / "inner" / name).exists() for name in names] == [sizes[-1] == "5GB", sizes[-1] != "5GB"]
     arguments = {"subfolder": "inner", "variant": "fp32"}
     assert_same_state(DeepseekV3ForCausalLM.from_pretrained(tmp_path, **arguments), model.state_dict())
-
-
-PEAK = """
-import sys, threading, time
-from pathlib import Path
-from deepseek_v3 import DeepseekV3ForCausalLM
-
-def memory():  # without the pages of mapped files, which the system takes back when it needs them
-    return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
-
-DeepseekV3ForCausalLM.from_pretrained(sys.argv[1])
-samples = [memory()]
-done = threading.Event()
-
-def watch():
-    while not done.wait(0.001):
-        samples.append(memory())
-
-thread = threading.Thread(target=watch)
-thread.start()
-model = DeepseekV3ForCausalLM.from_pretrained(sys.argv[2])
-done.set()
-thread.join()
-print(max(samples) - samples[0])
-print(sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()))
-"""
 
 
 @pytest.mark.slow

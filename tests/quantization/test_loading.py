@@ -26,6 +26,7 @@ from deepseek_v3.quantization import (
     quantized_fraction,
 )
 from deepseek_v3.quantization.packed_weight import PackedLinear
+from tests.modeling_deepseek_v3.checkpoints import PEAK
 from tests.modeling_deepseek_v3.helpers import (
     build,
     gradients,
@@ -35,7 +36,6 @@ from tests.modeling_deepseek_v3.helpers import (
     tiny_config,
     tokens,
 )
-from tests.modeling_deepseek_v3.test_checkpoint import PEAK
 from tests.quantization import stored
 
 FORMATS = list(stored.FORMATS)

@@ -1,5 +1,5 @@
-"""Hostile checkpoints: configuration, index, weights. What `test_checkpoint.py` refuses already is here run with
-limits on time and memory, through the Auto classes."""
+"""Hostile checkpoints: configuration, index, weights. What `test_checkpoint_refused.py` refuses already is here run
+with limits on time and memory, through the Auto classes."""
 
 import json
 import os
