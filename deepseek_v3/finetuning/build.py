@@ -1,5 +1,6 @@
 """The model of a recipe: the base, loaded for the task, with what shall train on it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,11 @@ def build_model(
 ) -> nn.Module:
     """The base with the task's head and the recipe's adapters; what requires a gradient is what may train.
 
-    The routing bias never moves in fine-tuning: only pretraining's optimizer hook updates it.
+    The routing bias never moves in fine-tuning: only pretraining's optimizer hook updates it. A base that is a
+    classifier of the task's own classes keeps its head.
+
+    Raises:
+        ValueError: a base that does not fit: a tokenizer with more tokens, a classifier of other classes.
     """
     config = DeepseekV3Config.from_pretrained(recipe.base)
     check_vocab(tokenizer, config.vocab_size)
@@ -49,6 +54,7 @@ def build_model(
     cls: type[DeepseekV3ForCausalLM] | type[DeepseekV3ForSequenceClassification] = DeepseekV3ForCausalLM
     if task.kind == "classification":
         assert task.labels is not None
+        _check_classes(recipe.base, config, task.labels)
         cls = DeepseekV3ForSequenceClassification
         config.pad_token_id = tokenizer.pad_token_id  # not of a language model: its embedding would not train
         config.num_labels = len(task.labels)
@@ -85,6 +91,15 @@ def build_model(
             frozen = ROUTER in name or (recipe.mtp == "frozen" and any(layer in name for layer in mtp_layers))
             parameter.requires_grad_(not frozen)
     return model
+
+
+def _check_classes(base: str, config: DeepseekV3Config, labels: Sequence[str]) -> None:
+    if not any("Classification" in name for name in config.architectures or ()):
+        return  # a language model: the head is a new one
+    found = [config.id2label[number] for number in sorted(config.id2label)]
+    if found != list(labels):
+        problem = f"a classifier of {', '.join(found)}; the task's classes are {', '.join(labels)}"
+        raise ValueError(f"base {base}: {problem}; allowed is a language model, or a classifier of these classes")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

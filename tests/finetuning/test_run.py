@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import shutil
 from base64 import b64encode
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from deepseek_v3.finetuning.build import as_language_model, build_model, load_to
 from deepseek_v3.finetuning.changes import expert_movement
 from deepseek_v3.finetuning.evaluate import classification_results, evaluate_task
 from deepseek_v3.finetuning.examples import make_examples
+from deepseek_v3.process import peak_memory
 from deepseek_v3.quantization import dequantize_, nf4_config
 from tests.finetuning.runs import COEFFICIENTS, recipe, save_base, weights
 from tests.modeling_deepseek_v3.helpers import run_python
@@ -463,6 +465,23 @@ def test_a_tokenizer_that_is_code_is_not_guessed(base: Path, tmp_path: Path, mon
     assert load_tokenizer(str(folder)).get_vocab() == own.get_vocab()
 
 
+def test_the_head_of_a_classifier_is_kept_for_its_own_classes_only(
+    finished: Finished, data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """A head of other classes is no start, and must not pass for a new one."""
+    chosen, _, output = finished("head")
+    task = load_task(chosen.task)
+    assert task.labels is not None
+    chosen = replace(chosen, base=str(output / "model"), output_dir=str(tmp_path))
+    model = build_model(chosen, task, tokenizer, CPU)
+    assert torch.equal(model.score.weight, weights(output / "model")["score.weight"])
+    renamed = replace(task, labels=(*task.labels[:2], "other"))
+    for other in (renamed, load_task(data / "two")):
+        found = f"a classifier of {', '.join(task.labels)}; the task's classes are {', '.join(other.labels or ())}"
+        with pytest.raises(ValueError, match=f"base {output}/model: {found}; allowed is a language model"):
+            build_model(chosen, other, tokenizer, CPU)
+
+
 def test_forgetting_of_a_classifier_is_refused(finished: Finished, tmp_path: Path) -> None:
     """Before anything is trained or written."""
     chosen, _, output = finished("head")
@@ -545,6 +564,15 @@ def test_train_tokens_are_those_of_the_rows(finished: Finished) -> None:
         else:
             parts = [tokenizer(row["text"])["input_ids"] + [1] * (name == "text") for row in rows]
         assert record["train_tokens"] == sum(min(len(ids), 48) for ids in parts), name
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak cannot be reset here")
+def test_the_peak_is_that_of_the_run(base: Path, data: Path, tmp_path: Path) -> None:
+    """Not that of what its process did before."""
+    mmap.mmap(-1, 2**29, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
+    before = peak_memory()
+    record = finetune(recipe(base, data / "two", tmp_path, max_steps=1))
+    assert record["peak_memory_bytes"] < before
 
 
 def test_several_gpus_in_one_process_are_refused(

@@ -206,6 +206,8 @@ def test_phrasebank_original_and_split_files(tmp_path):
     task = load_task("financial-phrasebank", tmp_path)
     assert [row["text"] for row in task.validation] == [f"validation {i}" for i in range(3)]
     assert "classes without a training row: ['negative', 'positive']" in task.notes
+    with pytest.raises(ValueError, match="expected 75agree_train.jsonl"):
+        load_task("financial-phrasebank", tmp_path, agreement=75)
     with pytest.raises(ValueError, match="expected 66agree_train.jsonl and so on, or Sentences_66Agree.txt"):
         load_task("financial-phrasebank", tmp_path, agreement="66")
     (tmp_path / "Sentences_AllAgree.txt").write_text("\n".join([*lines, "no label"]))
@@ -376,9 +378,19 @@ def test_limit_draws_the_same_rows_in_any_order(tmp_path):
     task = load_task(write_jsonl(tmp_path / "a.jsonl", records), limit=10)
     assert [len(rows) for rows in (task.train, task.validation, task.test)] == [10, 10, 10]
     assert any("at most 10 rows of each split" in note for note in task.notes)
+    assert not any("without a training row" in note for note in task.notes)
     full = load_task(tmp_path / "a.jsonl")
     assert task.train == [row for row in full.train if row in task.train] and task.sha256 != full.sha256
     assert rows_of(load_task(write_jsonl(tmp_path / "a.jsonl", records[::-1]), limit=10)) == rows_of(task)
+    letters = [{"text": f"t{i % 90}", "label": "abcdefgh"[i % 90 % 8]} for i in range(200)]  # some occur twice
+    (tmp_path / "b").mkdir()
+    write_jsonl(tmp_path / "b" / "train.jsonl", letters)
+    write_jsonl(tmp_path / "b" / "test.jsonl", letters)
+    task = load_task(tmp_path / "b", limit=5)  # notes are about what is left
+    unseen = sorted(set("abcdefgh") - {row["label"] for row in task.train})
+    assert unseen and f"classes without a training row: {unseen}" in task.notes
+    shared = sum(row in task.train for row in task.test)
+    assert shared and f"{shared} rows of test occur word for word in train" in task.notes
     with pytest.raises(ValueError, match="limit must be at least 1, found 0"):
         load_task(tmp_path / "a.jsonl", limit=0)
 
@@ -432,6 +444,8 @@ def test_too_small_data_unknown_tasks_and_options(tmp_path):
     write_jsonl(tmp_path / "two.jsonl", [{"text": f"{i}", "label": "xy"[i % 2]} for i in range(60)])
     with pytest.raises(ValueError, match="positive must be one of two labels, found 'z'"):
         load_task(tmp_path / "two.jsonl", positive="z")
+    write_jsonl(tmp_path / "two.jsonl", [{"text": f"{i}", "label": i % 2} for i in range(60)])
+    assert load_task(tmp_path / "two.jsonl", positive=0).labels == ("1", "0")
     with pytest.raises(ValueError, match="'german_credit': no such task, file or folder; tasks: german-credit"):
         load_task("german_credit")
     with pytest.raises(ValueError, match="unknown task 'mine'; tasks: german-credit"):

@@ -14,7 +14,7 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 def own_data(
-    source: str, seed: int, limit: int | None, *, positive: str | None = None, text_answers: bool = False
+    source: str, seed: int, limit: int | None, *, positive: str | int | None = None, text_answers: bool = False
 ) -> TaskData:
     """Rows of files, a folder or ``"datasets:NAME"`` (see `data.read_rows`), by the first of these that it has:
 
@@ -49,7 +49,7 @@ def own_data(
         splits.update(split_by_hash(pool or splits["train"], opening_of, seed, source, missing))
         opening = "prompt up to the user's first turn" if kind == "chat" else "text"
         notes.append(f"{' and '.join(missing)} drawn by SHA-256 of the {opening}, seed {seed}")
-    labels = _labels(splits, positive, source) if kind == "classification" else None
+    labels = _labels(splits, None if positive is None else str(positive), source) if kind == "classification" else None
     if cases := _alike(labels or (), str.casefold):
         notes.append(f"labels {cases} differ only in case and are classes of their own")
     return build_task(

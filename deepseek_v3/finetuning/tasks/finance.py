@@ -11,7 +11,7 @@ SENTIMENTS = ("negative", "neutral", "positive")
 LETTERS = ("A", "B", "C", "D")
 
 
-def financial_phrasebank(path: str | None, seed: int, limit: int | None, *, agreement: str = "50") -> TaskData:
+def financial_phrasebank(path: str | None, seed: int, limit: int | None, *, agreement: str | int = "50") -> TaskData:
     """Financial PhraseBank v1.0 (Malo et al. 2014): news sentence -> negative, neutral or positive for an investor.
 
     Args:
@@ -23,6 +23,7 @@ def financial_phrasebank(path: str | None, seed: int, limit: int | None, *, agre
     Raises:
         ValueError: no such files; a line that is not ``sentence@label``.
     """
+    agreement = str(agreement)  # YAML's 75
     if agreement not in ("50", "66", "75", "all"):
         raise ValueError(f"task 'financial-phrasebank': agreement must be 50, 66, 75 or all, found {agreement!r}")
     root = given_path("financial-phrasebank", path)

@@ -57,23 +57,24 @@ def build_task(
     seed: int = 0,
     limit: int | None = None,
 ) -> TaskData:
-    """Report what repeats across the splits, cut each to `limit` rows (drawn by hash and `seed`), and hash the rest.
+    """Cut each split to `limit` rows (drawn by hash and `seed`), report what repeats across the rest, and hash it.
 
     Raises:
         ValueError: `limit` below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, found {limit}")
-    notes = [*notes, *_repetitions(splits)]
-    if labels is not None and splits["train"]:
-        unseen = sorted(set(labels) - {row["label"] for row in splits["train"]})
-        notes += [f"classes without a training row: {unseen}"] if unseen else []
     kept = {split: list(splits[split]) for split in SPLITS}
     if limit is not None:
         for split, rows in kept.items():
             numbers = [_number(_key(row), seed) for row in rows]
             drawn = sorted(range(len(rows)), key=numbers.__getitem__)[:limit]
             kept[split] = [rows[i] for i in sorted(drawn)]
+    notes = [*notes, *_repetitions(kept)]
+    if labels is not None and kept["train"]:
+        unseen = sorted(set(labels) - {row["label"] for row in kept["train"]})
+        notes += [f"classes without a training row: {unseen}"] if unseen else []
+    if limit is not None:
         notes.append(f"at most {limit} rows of each split, of {', '.join(str(len(splits[s])) for s in SPLITS)}")
     total = hashlib.sha256()
     for split, rows in kept.items():
