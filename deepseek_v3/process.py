@@ -34,9 +34,13 @@ def keep_freed_memory() -> None:
         pass  # another C library
 
 
-def reset_peak_memory() -> None:
-    """Let the process's peak count from now on, where the system can do that (Linux)."""
-    if _CLEAR.exists():
+def reset_peak_memory(device: torch.device | str = "cpu") -> None:
+    """Let `peak_memory` of `device` count from now on, where the system can do that (Linux, GPUs)."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.init()  # before it nothing can be reset
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
         _CLEAR.write_text("5")
 
 

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 import deepseek_v3
@@ -48,3 +49,11 @@ def test_the_commit_is_that_of_the_package(tmp_path: Path, monkeypatch) -> None:
 def test_without_git(monkeypatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert process.environment("cpu")["git"] is None
+
+
+@pytest.mark.gpu
+def test_the_peak_of_a_gpu_counts_from_its_reset() -> None:
+    torch.ones(2**20, device="cuda")
+    assert process.peak_memory("cuda") >= 2**22
+    process.reset_peak_memory("cuda")
+    assert process.peak_memory("cuda") == torch.cuda.memory_allocated()

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..data import IGNORE_INDEX
@@ -82,13 +84,14 @@ def _turns(role: str, content: str | list[dict[str, str]]) -> list[dict[str, str
 
 def encode_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """A conversation in the tokenizer's chat template; only what the assistant writes, its end of turn included, has
-    labels. A prompt and completion of plain text stand one after the other if the tokenizer has no template.
+    labels, and not where it speaks first: nothing asked for that. A prompt and completion of plain text stand one
+    after the other if the tokenizer has no template.
 
     The assistant's part is what the template marks as generation, or else what each turn adds to the prompt before it.
 
     Raises:
-        ValueError: no assistant turn, or a template that rewrites earlier turns, so that no part of the text is
-            certainly the assistant's.
+        ValueError: no assistant turn after the first message; a template that fails; or one that rewrites earlier
+            turns, so that no part of the text is certainly the assistant's.
     """
     if tokenizer.chat_template is None:
         if "messages" in row or not isinstance(row["prompt"], str):
@@ -97,25 +100,67 @@ def encode_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:
         completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         return Encoded(prompt + completion, [IGNORE_INDEX] * len(prompt) + completion)
     messages = conversation(row)
-    if all(message["role"] != "assistant" for message in messages):
-        raise ValueError(f"a conversation without an assistant turn: roles {[m['role'] for m in messages]}")
-    options: dict[str, Any] = {"tokenize": True, "return_dict": True}
-    if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-        encoded = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, **options)
-        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-    else:
-        ids = tokenizer.apply_chat_template(messages, **options)["input_ids"]
-        mask = [0] * len(ids)
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, **options)
-                after = tokenizer.apply_chat_template(messages[: turn + 1], **options)
-                start, end = len(before["input_ids"]), len(after["input_ids"])
-                if ids[:start] != before["input_ids"] or ids[:end] != after["input_ids"]:
-                    problem = f"the chat template changes turns once others follow (here up to turn {turn})"
-                    raise ValueError(f"{problem}: give each row one answer")
-                mask[start:end] = [1] * (end - start)
+    if all(message["role"] != "assistant" for message in messages[1:]):
+        roles = [message["role"] for message in messages]
+        raise ValueError(f"a conversation without an assistant's turn after the first: roles {roles}")
+    try:
+        if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
+            ids, mask = _marked(messages, tokenizer)
+        else:
+            ids, mask = _by_turns(messages, tokenizer)
+    except (TemplateError, TypeError) as error:  # what a template raises, of its own accord or on missing content
+        raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from error
     return Encoded(ids, [token if marked else IGNORE_INDEX for token, marked in zip(ids, mask, strict=True)])
+
+
+def _marked(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids, and 1 for what the template marks as generation."""
+    encoded = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    if messages[0]["role"] == "assistant":
+        greeting = len(tokenizer.apply_chat_template(messages[:1], return_dict=True)["input_ids"])
+        mask = [0] * greeting + mask[greeting:]
+    return ids, mask
+
+
+def _by_turns(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids, and 1 for what each turn of the assistant adds to the prompt before it.
+
+    The ids are those of the whole text, unless tokens would merge across the border of prompt and answer: from there
+    on, parts are tokenized each alone, as they are when the model answers.
+    """
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    ends = []  # of prompts and answers in turn
+    for turn, message in enumerate(messages):
+        if turn and message["role"] == "assistant":
+            before = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, tokenize=False)
+            after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+            if not text.startswith(after):
+                problem = f"the chat template changes turns once others follow (here up to turn {turn})"
+                raise ValueError(f"{problem}: give each row one answer")
+            if not after.startswith(before):
+                problem = "the chat template's prompt for an answer is not how it writes an answered turn"
+                raise ValueError(f"{problem} (here turn {turn}): mark the answer by generation blocks")
+            ends += [len(before), len(after)]
+    ids: list[int] = []
+    mask: list[int] = []
+    for part, (start, end) in enumerate(pairwise([0, *ends, len(text)])):
+        found = tokenizer(text[:end], add_special_tokens=False)["input_ids"]
+        merged = found[: len(ids)] != ids
+        ids += tokenizer(text[start:end], add_special_tokens=False)["input_ids"] if merged else found[len(ids) :]
+        mask += [part % 2] * (len(ids) - len(mask))
+    return ids, mask
+
+
+def reasoning_of(message: Mapping[str, Any]) -> str:
+    """What a message thinks before it answers: `reasoning_content`, or the content up to ``</think>``."""
+    thought = (message.get("content") or "").rpartition("</think>")[0].split("<think>")[-1]
+    return str(message.get("reasoning_content") or thought).strip()
+
+
+def without_reasoning(answer: str) -> str:
+    """An answer's text after ``</think>``, or all of it."""
+    return answer.rpartition("</think>")[2]
 
 
 def encode_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Encoded:

@@ -21,6 +21,7 @@ from .batches import (
     conversation,
     encode_classification,
     unlabelled_batches,
+    without_reasoning,
 )
 from .build import unwrapped
 from .examples import count_left_out, pieces_of
@@ -29,6 +30,7 @@ from .reports import bootstrap, class_indices, classification_report, text_repor
 from .tasks import TaskData
 
 RECALL = 0.9  # at which a reviewer's share of the cases is reported
+ANSWER_TOKENS = 128  # of an answer that ROUGE-L is measured on, at most
 
 
 @torch.no_grad()
@@ -102,7 +104,8 @@ def evaluate_task(
 
     Classification: `classification_results`. Otherwise perplexity and bits per byte of what the model has to write
     (chat: the assistant's turns within `max_length`; text: all of it, in pieces of `max_length`), and ROUGE-L of its
-    greedy answers to `generate` prompts, drawn by a fixed seed. Conversations whose prompt fills `max_length` are left
+    greedy answers to `generate` prompts, drawn by a fixed seed: of up to `ANSWER_TOKENS` or `max_length` tokens,
+    without reasoning, against the whole answer of the data. Conversations whose prompt fills `max_length` are left
     out: `n` counts the others, `n_left_out` these.
 
     Rows that are longer than `max_length`, which lose their end (but for texts), are counted in `n_truncated`.
@@ -118,7 +121,7 @@ def evaluate_task(
         examples = encode_classification(task.test, tokenizer, classes, max_length)
         report = classification_results(task, validation, class_probabilities(model, examples, len(classes), pad_id))
         return {**report, "n_truncated": sum(row["truncated"] for row in examples)}
-    of_all = pieces_of(task.test, task, tokenizer, max_length)
+    of_all = pieces_of(task.test, "test", task, tokenizer, max_length)
     left_out = count_left_out(of_all, task, "test", max_length)
     measured = [row for row, of_row in zip(task.test, of_all, strict=True) if of_row]
     pieces = [of_row for of_row in of_all if of_row]
@@ -131,7 +134,8 @@ def evaluate_task(
     report |= {"n_left_out": left_out, "n_truncated": sum(any(piece.truncated for piece in row) for row in pieces)}
     if task.kind == "chat" and generate:
         rows = _drawn(task.test, generate)
-        report["rouge_l"] = _rouge(rows, _answers(model, rows, tokenizer, max_length))
+        longest = min(ANSWER_TOKENS, max_length)
+        report["rouge_l"] = _rouge(rows, _answers(model, rows, tokenizer, max_length, longest), longest)
     return report
 
 
@@ -143,9 +147,9 @@ def _drawn(rows: Sequence[Row], count: int) -> list[Row]:
 
 @torch.no_grad()
 def _answers(
-    model: nn.Module, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+    model: nn.Module, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, tokens: int
 ) -> list[str]:
-    """The model's greedy answers, of up to 128 tokens."""
+    """The model's greedy answers, of up to `tokens` tokens."""
     inner: DeepseekV3ForCausalLM = unwrapped(model).eval()
     answers = []
     for row in rows:
@@ -159,7 +163,7 @@ def _answers(
         output = inner.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=min(128, max_length),
+            max_new_tokens=tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -167,17 +171,26 @@ def _answers(
     return answers
 
 
-def _rouge(rows: Sequence[Row], answers: Sequence[str]) -> dict[str, float | None]:
-    scores = rouge_l([conversation(row)[-1]["content"] for row in rows], answers)
+def _rouge(rows: Sequence[Row], answers: Sequence[str], tokens: int) -> dict[str, float | None]:
+    references = [conversation(row)[-1]["content"] for row in rows]
+    scores = rouge_l(*(list(map(without_reasoning, texts)) for texts in (references, answers)))
     groups = _groups(rows)
     statistic = {"rouge_l": lambda weights: weighted_mean(scores, weights)}
     estimate = bootstrap(statistic, len(scores), groups=groups)["rouge_l"]
     figures = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
     counts = {"n": len(scores)} if groups is None else {"n": len(scores), "n_groups": estimate.n}
-    return {**{name: None if math.isnan(value) else value for name, value in figures.items()}, **counts}
+    known = {name: None if math.isnan(value) else value for name, value in figures.items()}
+    return {**known, **counts, "max_tokens": tokens}
 
 
-def retrieval_results(task: TaskData, generate: int) -> dict[str, Any]:
-    """What answering like the most similar training row reaches, on the prompts that `evaluate_task` draws."""
-    rows = _drawn(task.test, generate)
-    return {"n": len(rows), "rouge_l": _rouge(rows, nearest_answers(task.train, rows))}
+def retrieval_results(
+    task: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int, generate: int
+) -> dict[str, Any]:
+    """What answering like the most similar training row reaches, on the prompts that `evaluate_task` draws, with
+    answers cut to as many tokens."""
+    rows, tokens = _drawn(task.test, generate), min(ANSWER_TOKENS, max_length)
+    answers = []
+    for answer in nearest_answers(task.train, rows):
+        ids = tokenizer(without_reasoning(answer), add_special_tokens=False)["input_ids"]
+        answers.append(tokenizer.decode(ids[:tokens], skip_special_tokens=True))
+    return {"n": len(rows), "rouge_l": _rouge(rows, answers, tokens)}

@@ -11,16 +11,19 @@ from transformers import PreTrainedTokenizerBase
 from .batches import (
     Encoded,
     Row,
+    conversation,
     cut,
     encode_chat,
     encode_classification,
     encode_text,
     pack,
     pad_classification,
+    reasoning_of,
     stack,
 )
 from .recipe import FinetuneRecipe
 from .tasks import TaskData
+from .tasks.task_data import prompt_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Examples:
             those that are looked at.
         truncated: split -> rows of classes and other conversations that are longer than `max_length`, so that their
             end is cut off.
-        notes: of both, in words.
+        notes: of both, and of reasoning that is not learned, in words.
     """
 
     train: Sequence[Any]
@@ -50,7 +53,8 @@ def make_examples(recipe: FinetuneRecipe, task: TaskData, tokenizer: PreTrainedT
     """Of classes rows as they are, of conversations and documents packed ones.
 
     Raises:
-        ValueError: a split of which there is nothing to learn; the test split is one of them.
+        ValueError: a split of which there is nothing to learn; the test split is one of them. A row that the chat
+            template cannot write.
     """
     if not task.train:
         raise ValueError(f"task {task.name}: found no training rows; it can only be evaluated")
@@ -70,7 +74,7 @@ def make_examples(recipe: FinetuneRecipe, task: TaskData, tokenizer: PreTrainedT
             truncated=truncated,
             notes=length_notes(splits, left_out, truncated, length),
         )
-    pieces = {name: pieces_of(rows, task, tokenizer, length) for name, rows in splits.items()}
+    pieces = {name: pieces_of(rows, name, task, tokenizer, length) for name, rows in splits.items()}
     left_out = {name: count_left_out(of_rows, task, name, length) for name, of_rows in pieces.items()}
     flat = {name: [piece for of_row in of_rows for piece in of_row] for name, of_rows in pieces.items()}
     truncated = {name: sum(piece.truncated for piece in of_split) for name, of_split in flat.items()}
@@ -81,7 +85,7 @@ def make_examples(recipe: FinetuneRecipe, task: TaskData, tokenizer: PreTrainedT
         tokens=sum(len(piece.input_ids) for piece in flat["train"]),
         left_out=left_out,
         truncated=truncated,
-        notes=length_notes(splits, left_out, truncated, length),
+        notes=length_notes(splits, left_out, truncated, length) + reasoning_notes(task, tokenizer),
     )
 
 
@@ -101,12 +105,39 @@ def length_notes(
     ]
 
 
+def reasoning_notes(task: TaskData, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """How many conversations of train have reasoning that the tokenizer's chat template leaves out, in a sentence."""
+    if task.kind != "chat" or tokenizer.chat_template is None:
+        return []
+    count = 0
+    for messages in map(conversation, task.train):
+        if reasoning := [thought for message in messages if (thought := reasoning_of(message))]:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            count += any(thought not in text for thought in reasoning)
+    what = "their reasoning is not learned with this chat template"
+    return [f"{count} of {len(task.train)} rows of train: {what}"] if count else []
+
+
 def pieces_of(
-    rows: Sequence[Row], task: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows: Sequence[Row], split: str, task: TaskData, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[list[Encoded]]:
-    """What of each row of a chat or text task is learned, see `cut`: nothing where a prompt fills `max_length`."""
+    """What of each of these rows of a split of a chat or text task is learned, see `cut`: nothing where a prompt fills
+    `max_length`.
+
+    Raises:
+        ValueError: naming the row, by its place in the split from 1 on, that `encode_chat` refuses.
+    """
     encode = encode_chat if task.kind == "chat" else encode_text
-    return [cut(encode(row, tokenizer), max_length, task.kind == "text") for row in rows]
+    pieces = []
+    for row in rows:
+        try:
+            encoded = encode(row, tokenizer)
+        except ValueError as error:
+            number = next(i for i, other in enumerate(getattr(task, split), start=1) if other is row)
+            where = f"row {number} of {split}, {prompt_of(row)!r:.60}"
+            raise ValueError(f"task {task.name}: {where}: {error}") from error
+        pieces.append(cut(encoded, max_length, task.kind == "text"))
+    return pieces
 
 
 def count_left_out(pieces: Sequence[Sequence[Encoded]], task: TaskData, split: str, max_length: int) -> int:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..data import PackedDataset, heldout_bits_per_byte, load_corpus, pack_documents, tokenize_documents
 from ..durable import write_json
 from ..modeling_deepseek_v3.moe import EXPERT_WEIGHTS
-from ..process import environment, keep_freed_memory, locked, peak_memory, say, stop_signals
+from ..process import environment, keep_freed_memory, locked, peak_memory, reset_peak_memory, say, stop_signals
 from .baselines import classification_baselines
 from .build import as_language_model, build_model, load_tokenizer
 from .changes import expert_movement, summarize_movement
@@ -50,6 +50,7 @@ from .trainer import (
     StopOnSignal,
     classification_loss,
     newest_checkpoint,
+    remove_unfinished,
 )
 from .unfreezing import ProgressiveUnfreezing
 
@@ -106,6 +107,8 @@ def _finished(recipe: FinetuneRecipe, output: Path, record: dict[str, Any]) -> d
 
 def _run(recipe: FinetuneRecipe, output: Path, restart: bool) -> dict[str, Any]:
     start = time.monotonic()
+    device = _device()
+    reset_peak_memory(device)
     task = _load_task(recipe)
     tokenizer = load_tokenizer(recipe.base)
     say(f"{task.name}: {len(task.train)} / {len(task.validation)} / {len(task.test)} rows, {task.kind}")
@@ -114,7 +117,6 @@ def _run(recipe: FinetuneRecipe, output: Path, restart: bool) -> dict[str, Any]:
     for note in notes:
         say(f"  {note}")
     general = _general_text(recipe, tokenizer)
-    device = _device()
     made_with = {**environment(device), "peft": peft.__version__}  # now: sources may change while this runs
     model = build_model(recipe, task, tokenizer, device)
     inputs = {"task": task.sha256, "base": base_digest(recipe.base)}  # now all of the base is on this machine
@@ -129,11 +131,13 @@ def _run(recipe: FinetuneRecipe, output: Path, restart: bool) -> dict[str, Any]:
     before = None if recipe.method != "full" else _expert_weights(model)
 
     trainer, stop = _trainer(recipe, output, model, task, examples, tokenizer)
-    if trainer.is_world_process_zero() and resume is None:  # only now, when nothing can be wrong any more
+    if trainer.is_world_process_zero():  # only now, when nothing can be wrong any more
         if restart:
             clear(output)
-        write_json(output / INPUTS, inputs)
-        write_json(output / RECIPE, dataclasses.asdict(recipe))
+        remove_unfinished(output / "checkpoints")
+        if resume is None:
+            write_json(output / INPUTS, inputs)
+            write_json(output / RECIPE, dataclasses.asdict(recipe))
     with stop_signals() as received:
         stop.received = received
         if resume is not None:
@@ -153,7 +157,7 @@ def _run(recipe: FinetuneRecipe, output: Path, restart: bool) -> dict[str, Any]:
         for baseline in classification_baselines(task, recipe.seed):
             baselines[baseline.name] = classification_results(task, baseline.validation, baseline.test)
     if recipe.compare and task.kind == "chat" and recipe.generate:
-        baselines["nearest training answer"] = retrieval_results(task, recipe.generate)
+        baselines["nearest training answer"] = retrieval_results(task, tokenizer, recipe.max_length, recipe.generate)
     movement = summarize_movement(expert_movement(model, before))
     (clock,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Clock))
     record = {

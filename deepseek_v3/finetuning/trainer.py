@@ -2,6 +2,7 @@
 a learning rate that follows the validation loss, an order of the data and a stop between steps that resuming keeps."""
 
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -225,6 +226,11 @@ class FinetuneTrainer(Trainer):
         )
         return stopped_early or self.state.global_step >= self.state.max_steps
 
+    def _get_learning_rate(self) -> float:
+        """The one to log: of the group nearest to the output. `AdaptiveLearningRate` is unknown to the scheduler."""
+        assert self.optimizer is not None
+        return float(self.optimizer.param_groups[0]["lr"])
+
     def _clip_grad_norm(self, model) -> Any:
         norm = super()._clip_grad_norm(model)
         for callback in self.callback_handler.callbacks:
@@ -246,3 +252,11 @@ def newest_checkpoint(output: Path) -> Path | None:
     """The newest checkpoint under `output` that was written to its end."""
     found = [path.parent for path in output.glob(f"checkpoint-*/{FINISHED}")]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def remove_unfinished(output: Path) -> None:
+    """Remove the checkpoints under `output` that were not written to their end: beside one of a later step `Trainer`
+    may take a new checkpoint for an old one, and delete it."""
+    for folder in output.glob("checkpoint-*"):
+        if not (folder / FINISHED).exists():
+            shutil.rmtree(folder)

@@ -110,10 +110,11 @@ class ProgressiveUnfreezing(TrainerCallback, ExportableState):
         remembered = {"stage": self.stage, "best": self.best, "waited": self.waited}
         return {"args": {"schedule": asdict(self.schedule)}, "attributes": remembered}
 
+    def on_init_end(self, args, state, control, model, **kwargs):
+        self._find(model)  # already now: what is wrong is known before a run begins
+
     def on_train_begin(self, args, state, control, model, train_dataloader, **kwargs):
-        layers = model.config.num_hidden_layers
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.candidates = [(p, stage_of(name, layers, self.schedule)) for name, p in trained]
+        self._find(model)
         self._move(state)
         if self.schedule.advance == "plateau":
             return
@@ -143,6 +144,15 @@ class ProgressiveUnfreezing(TrainerCallback, ExportableState):
     def on_train_end(self, args, state, control, **kwargs):
         for parameter, _ in self.candidates:
             parameter.requires_grad_(True)
+
+    def _find(self, model: nn.Module) -> None:
+        layers, first = model.config.num_hidden_layers, self.schedule.first_layers
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.candidates = [(p, stage_of(name, layers, self.schedule)) for name, p in trained]
+        if trained and all(stage > 0 for _, stage in self.candidates):
+            least = min(1 + min(layers_above(name, layers) for name, _ in trained), layers)
+            problem = f"unfreezing.first_layers is {first}, with which nothing trains in the first stage"
+            raise ValueError(f"{problem}; allowed are whole numbers from {least}")
 
     def _move(self, state) -> None:
         if self.schedule.advance == "steps":

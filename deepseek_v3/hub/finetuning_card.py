@@ -235,7 +235,10 @@ def _better(record: Mapping[str, Any]) -> str:
 
 
 def _answers(rouge: Mapping[str, Any]) -> str:
-    return f"; ROUGE-L on the answers to {rouge['n']:,} of them" if "n" in rouge else ""
+    if "n" not in rouge:
+        return ""
+    length = f" of up to {rouge['max_tokens']} tokens" if "max_tokens" in rouge else ""
+    return f"; ROUGE-L on answers{length} to {rouge['n']:,} of them"
 
 
 def _threshold(test: Mapping[str, Any], labels: Any) -> str:

@@ -159,13 +159,13 @@ def test_nearest_answers_follow_the_question():
     assert baselines.nearest_answers(prompts, [{"prompt": "asthma"}]) == ["By inhalers."]
 
 
-def test_retrieval_is_measured_on_drawn_prompts():
+def test_retrieval_is_measured_on_drawn_prompts(tokenizer):
     """Test questions stand in train word for word but one, whose answer then is another's."""
     numbers = ("seven", "ninety", "twelve", "forty")
     rows = [{"prompt": f"What is number {word}?", "completion": f"It is the {word}."} for word in numbers]
     turns = [{"role": "user", "content": "Unheard of"}, {"role": "assistant", "content": "Quite so"}]
     test = [*rows[:3], {"messages": turns}]
     task = build_task("t", "chat", {"train": rows, "validation": [], "test": test}, source="s", licence=None)
-    results = retrieval_results(task, 10)
+    results = retrieval_results(task, tokenizer, 48, 10)
     assert results["n"] == results["rouge_l"]["n"] == 4
     assert results["rouge_l"]["value"] == pytest.approx(3 / 4)

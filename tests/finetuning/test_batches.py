@@ -67,6 +67,8 @@ CHATS = {
     "turns": (say("s S", "u a b", "a first  answer\n", "u d", "a second"), ["first  answer\n", "second"]),
     "user last": (say("u a", "a b", "u c"), ["b"]),
     "two answers": (say("u a", "a b", "a c"), ["b", "c"]),
+    "greeting": (say("a hello", "u a", "a b"), ["b"]),
+    "greeting on instruction": (say("s S", "a hello", "u a", "a b"), ["hello", "b"]),
     "unicode": (say("u 天气?", "a 很好 🙂"), ["很好 🙂"]),
 }
 
@@ -86,6 +88,22 @@ def test_a_template_without_generation_blocks_labels_the_same(chatml: PreTrained
     example = encode_chat({"messages": messages}, chatml)
     assert learned(example, chatml) == [f"{answer}<|im_end|>\n" for answer in answers]
     assert chatml.decode(example.input_ids) == chatml.apply_chat_template(messages, tokenize=False)
+    assert example.input_ids == chatml.apply_chat_template(messages)["input_ids"]
+
+
+@pytest.mark.parametrize("answer", ["\n\nYes", "\n\n\n\nYes", "\nYes"])
+def test_tokens_that_would_merge_with_the_prompt(chatml: PreTrainedTokenizerBase, answer: str) -> None:
+    """The prompt ends in a line break, and two of them are one token: the model is asked without the answer's."""
+    merging = copy.deepcopy(chatml)
+    merging.add_tokens(["\n\n"])
+    messages = say("u a", f"a {answer}", "u b", "a c")
+    whole = merging.apply_chat_template(messages)["input_ids"]
+    example = encode_chat({"messages": messages}, merging)
+    assert example.input_ids != whole and merging.decode(example.input_ids) == merging.decode(whole)
+    assert learned(example, merging) == [f"{answer}<|im_end|>\n", "c<|im_end|>\n"]
+    asked = merging.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+    first = next(i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)
+    assert example.input_ids[:first] == asked
 
 
 def test_both_ways_agree_on_one_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -117,13 +135,21 @@ def test_without_a_template_the_completion_follows_the_prompt(tokenizer: PreTrai
 def test_what_cannot_be_labelled_is_refused(
     tokenizer: PreTrainedTokenizerBase, chatml: PreTrainedTokenizerBase
 ) -> None:
-    with pytest.raises(ValueError, match=r"without an assistant turn: roles \['system', 'user'\]"):
-        encode_chat({"messages": say("s a", "u b")}, tokenizer)
+    for turns in (("s a", "u b"), ("a a", "u b")):
+        with pytest.raises(ValueError, match=r"without an assistant's turn after the first: roles \['\w+', 'user'\]"):
+            encode_chat({"messages": say(*turns)}, tokenizer)
     rewriting = copy.deepcopy(chatml)
     rewriting.chat_template = REWRITING
     with pytest.raises(ValueError, match="changes turns once others follow"):
         encode_chat({"messages": say("u a", "a b", "u c", "a d")}, rewriting)
     assert learned(encode_chat({"messages": say("u a", "a b")}, rewriting), chatml) == ["b<|im_end|>\n"]
+    opening = copy.deepcopy(chatml)
+    opening.chat_template = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")
+    with pytest.raises(ValueError, match="prompt for an answer is not how it writes an answered turn .*turn 1"):
+        encode_chat({"messages": say("u a", "a b")}, opening)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(ValueError, match="the chat template fails: .*Error: .*"):
+        encode_chat({"messages": [*say("u a"), call]}, chatml)
 
 
 def test_documents(tokenizer: PreTrainedTokenizerBase) -> None:

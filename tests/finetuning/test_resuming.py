@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shutil
 import signal
 from dataclasses import replace
@@ -103,6 +104,20 @@ def test_a_half_written_checkpoint_is_not_used(
     assert record["test"] == whole[1]["test"] and not checkpoints.exists()
 
 
+def test_a_half_written_checkpoint_of_a_later_step_takes_the_place_of_no_other(
+    base: Path, data: Path, part: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Trainer` keeps the newest two and the best: by their time, or where that says nothing by their step."""
+    checkpoints = part / "checkpoints"
+    late = (checkpoints / "checkpoint-5").rename(checkpoints / "checkpoint-8")
+    (late / FINISHED).unlink()
+    os.utime(late, (2**32, 2**32))
+    signal_after(monkeypatch, 6)
+    with pytest.raises(InterruptedError, match="stopped at step 6 of 12, saved"):
+        finetune(recipe(base, data / "two", part, **LONG, dropout=0.2))
+    assert newest_checkpoint(checkpoints) == checkpoints / "checkpoint-6" and not late.exists()
+
+
 # The last step is inside an epoch; or a learning rate that is too high stops training early, after the best state.
 @pytest.mark.parametrize("changes", [{"max_steps": 3}, {"learning_rate": 0.5, "epochs": 20, "patience": 2}], ids=str)
 def test_a_run_killed_while_it_is_evaluated_trains_no_further(
@@ -184,6 +199,9 @@ def test_a_restart_that_cannot_begin_removes_nothing(base: Path, data: Path, par
             finetune(recipe(base, data / "two", part, **{**LONG, **wrong}), restart=True)
     with pytest.raises(ValueError, match="no such task"):
         finetune(recipe(base, tmp_path / "mistyped", part, **LONG), restart=True)
+    stages = {"targets": ["dense_mlp"], "unfreezing": {"first_layers": 1}}
+    with pytest.raises(ValueError, match="unfreezing.first_layers is 1"):
+        finetune(recipe(base, data / "messages", part, **LONG, **stages), restart=True)
     assert sorted(part.rglob("*")) == before
 
 

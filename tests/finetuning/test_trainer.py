@@ -86,14 +86,18 @@ def test_what_it_remembers_survives_a_resume() -> None:
 
 
 def test_it_acts_in_a_run(base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its rate reaches the optimizer, of which the schedule's is the base again in the next step."""
+    """Its rate reaches the optimizer, of which the schedule's is the base again in the next step, and the history."""
     seen: list[float] = []
+    scheduled: list[float] = []
 
     class Halved(AdaptiveLearningRate):
         def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
             assert self.grad_norm > 0
-            self.factor = 1 / 2
+            self.factor = 1 / 2 if state.global_step < 3 else 1 / 4
+            scheduled.append(optimizer.param_groups[0]["lr"])
             super().on_pre_optimizer_step(args, state, control, optimizer, **kwargs)
+
+        def on_optimizer_step(self, args, state, control, optimizer, **kwargs):
             seen.append(optimizer.param_groups[0]["lr"])
 
     monkeypatch.setattr("deepseek_v3.finetuning.run.AdaptiveLearningRate", Halved)
@@ -101,7 +105,10 @@ def test_it_acts_in_a_run(base: Path, data: Path, tmp_path: Path, monkeypatch: p
     record = finetune(recipe(base, data / "two", tmp_path, adaptive_lr=True))
     assert 0 < record["train_seconds"] <= record["total_seconds"] <= time.monotonic() - began + 0.1
     rates = [row["learning_rate"] for row in record["history"] if "learning_rate" in row]
-    assert seen == pytest.approx([rate / 2 for rate in rates]) and len(seen) == 4
+    assert rates == seen and len(seen) == 4
+    factor = warmup_cosine(1, 4, 0.1)
+    assert scheduled == pytest.approx([0.01 * factor(step) for step in range(4)])
+    assert seen == pytest.approx([rate * part for rate, part in zip(scheduled, (0.5, 0.5, 0.5, 0.25), strict=True)])
 
 
 def test_the_schedule() -> None:

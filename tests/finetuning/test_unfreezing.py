@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from deepseek_v3.finetuning.lora import apply_lora
-from deepseek_v3.finetuning.trainer import FinetuneTrainer
+from deepseek_v3.finetuning.trainer import FinetuneTrainer, warmup_cosine
 from deepseek_v3.finetuning.unfreezing import (
     ProgressiveUnfreezing,
     Unfreezing,
@@ -175,6 +175,19 @@ def test_with_lora_the_stages_are_those_of_the_adapters(tmp_path: Path) -> None:
         assert trained_layers(moved) == {"2", "3", "1", "0"} & allowed(stage)
 
 
+@pytest.mark.parametrize("layers, least", [([0], 4), ([0, 1], 3), ([2], 2)])
+def test_a_first_stage_that_trains_nothing_is_refused(tmp_path: Path, layers: list[int], least: int) -> None:
+    """With the smallest number that is not."""
+    message = f"unfreezing.first_layers is 1, .* allowed are whole numbers from {least}"
+    callback = ProgressiveUnfreezing(Unfreezing(first_layers=1, layers_per_stage=1, advance="plateau"))
+    with pytest.raises(ValueError, match=message):
+        callback.on_init_end(None, None, None, model=apply_lora(tiny_model(), layers=layers))
+    with pytest.raises(ValueError, match=message):  # a callback that the trainer was given later
+        callback.on_train_begin(None, None, None, model=apply_lora(tiny_model(), layers=layers), train_dataloader=None)
+    recorder, _ = run(tmp_path, apply_lora(tiny_model(), layers=layers), Unfreezing(least, 1, "steps"), max_steps=1)
+    assert trained_layers(recorder.moved[1]) == {str(max(layers))}
+
+
 def test_learning_rates_fall_with_depth() -> None:
     model = tiny_model()
     groups = parameter_groups(model, 0.1, 0.01, layer_decay=0.5)
@@ -186,6 +199,13 @@ def test_learning_rates_fall_with_depth() -> None:
     decays = {group["weight_decay"] for group in groups for p in group["params"] if p.dim() > 1}
     assert decays == {0.01}
     assert all(group["weight_decay"] == 0 for group in groups if group["params"][0].dim() == 1)
+
+
+def test_the_learning_rate_in_the_history_is_that_of_the_last_layers(tmp_path: Path) -> None:
+    _, trainer = run(tmp_path, tiny_model(), Unfreezing(4, layer_decay=0.5), max_steps=3)
+    assert len({group["lr"] for group in trainer.optimizer.param_groups}) == 5
+    logged = [row["learning_rate"] for row in trainer.state.log_history if "loss" in row]
+    assert logged == pytest.approx([0.01 * warmup_cosine(0, 3, 0.1)(step) for step in range(3)])
 
 
 def test_names() -> None:

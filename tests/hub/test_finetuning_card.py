@@ -114,7 +114,7 @@ def test_every_figure_is_the_record_s(runs: dict[str, Run], name: str) -> None:
                 assert f" {figure_text(at[key])}" in flat
         else:
             assert "At the threshold" not in flat
-        rouge = "On 8 test rows, one run with seed 0; ROUGE-L on the answers to 2 of them. In brackets"
+        rouge = "On 8 test rows, one run with seed 0; ROUGE-L on answers of up to 48 tokens to 2 of them. In brackets"
         assert (rouge in flat) == (name == "chat")
 
 
