@@ -14,7 +14,7 @@ from ..configuration.local_paths import public_name
 from ..durable import file_sha256, write_json
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification
 from ..modeling_deepseek_v3.weight_files import read_json, scan_folder
-from ..process import environment, peak_memory, say
+from ..process import environment, peak_memory, reset_peak_memory, say
 from ..tokenization import check_vocab, load_tokenizer
 from .harness import harness_results
 from .speed import mtp_acceptance, throughput
@@ -88,6 +88,7 @@ def evaluate(
     check_vocab(tokenizer, config.vocab_size)
     record = _begin(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reset_peak_memory(device)
     cls = DeepseekV3ForSequenceClassification if classifier else DeepseekV3ForCausalLM
     model = cls.from_pretrained(folder, device_map={"": device}).eval()
     _check_finite(model, folder)

@@ -1,6 +1,7 @@
 """`evaluate` on small checkpoints: what its record holds, and what it refuses."""
 
 import json
+import mmap
 import os
 import shutil
 from importlib import import_module
@@ -19,6 +20,7 @@ from deepseek_v3.evaluation.text import TextRows, text_results
 from deepseek_v3.export import export
 from deepseek_v3.finetuning import load_task
 from deepseek_v3.finetuning.evaluate import evaluate_task
+from deepseek_v3.process import peak_memory
 from tests.evaluation.helpers import tiny_model, tiny_tokenizer, write_checkpoint, write_text
 from tests.modeling_deepseek_v3.helpers import build, tiny_config, tokens
 
@@ -58,6 +60,14 @@ def test_the_record_of_a_language_model(checkpoint: Path, tmp_path: Path) -> Non
     assert record["peak_memory_bytes"] > 2**20
     model = DeepseekV3ForCausalLM.from_pretrained(checkpoint)
     assert record["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak cannot be reset here")
+def test_the_peak_is_that_of_the_call(folder: Path, tmp_path: Path) -> None:
+    """Not that of what its process did before."""
+    mmap.mmap(-1, 2**29, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
+    before = peak_memory()
+    assert evaluate(folder, text=[write_text(tmp_path / "text")], limit=2)["peak_memory_bytes"] < before
 
 
 def test_two_texts_of_one_name_are_refused(checkpoint: Path, tmp_path: Path) -> None:
