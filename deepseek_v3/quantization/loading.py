@@ -271,6 +271,15 @@ class PackedQuantizer(HfQuantizer):
     is_trainable = True  # through adapters
     quantization_config: PackedConfig
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """ValueError for a `device_map` that offloads: packed weights are no modules that are called, to which
+        accelerate could bring them."""
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            allowed = "allowed with packed weights are GPUs only, or the CPU only"
+            remedy = "packed_config(dequantize=True) gives weights that can be offloaded"
+            raise ValueError(f"device_map: found {', '.join(sorted(places))}, {allowed}; {remedy}")
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         check_experts_implementation(model)
         bare = not hasattr(model, model.base_model_prefix)

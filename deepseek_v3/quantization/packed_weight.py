@@ -36,6 +36,8 @@ class PackedWeight(nn.Module):
 
     @property
     def parts(self) -> Parts:
+        if self.device.type == "meta":
+            raise ValueError("a packed weight holds no numbers: it was offloaded, which only plain weights can be")
         return dict(self._parameters)
 
     @property

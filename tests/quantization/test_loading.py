@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -378,6 +379,18 @@ def test_packed_weights_never_train(checkpoints) -> None:
         packed = [each for each in model.modules() if isinstance(each, PackedWeight)]
         assert not [part for each in packed for part in each.parameters() if part.requires_grad]
         assert model.model.norm.weight.requires_grad
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_offloading_is_refused(name: str, checkpoints, tmp_path: Path) -> None:
+    """accelerate brings weights to modules that are called; the products of others would take what memory holds."""
+    modules = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")
+    places = {**dict.fromkeys(modules, "cpu"), **{f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(9)}}
+    with pytest.raises(ValueError, match="device_map: found cpu, disk, allowed with packed weights are GPUs only"):
+        load(checkpoints[name][0], device_map=places, offload_folder=tmp_path)
+    model = cpu_offload(load(checkpoints[name][0], device_map={"": "cpu"}), torch.device("cpu"))
+    with pytest.raises(ValueError, match="a packed weight holds no numbers: it was offloaded"):
+        model(tokens(1, 4))
 
 
 def test_other_experts_implementations_are_refused(checkpoints) -> None:
