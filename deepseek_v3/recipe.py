@@ -23,7 +23,11 @@ class YamlRecipe:
 
     @classmethod
     def load(cls, path: str | Path, **overrides: Any) -> Self:
-        """Read a YAML file; `overrides` win. Raises `ValueError` naming the file and the field."""
+        """Read a YAML file; `overrides` win.
+
+        Where a field holds a mapping in the file and in `overrides`, that of `overrides` changes the keys that it has;
+        an empty one empties the field. Raises `ValueError` naming the file and the field.
+        """
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -31,12 +35,12 @@ class YamlRecipe:
         if not isinstance(content, dict):
             raise ValueError(f"{path}: a recipe is a mapping of fields, found {type(content).__name__}")
         known = {spec.name: spec.type for spec in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        values = content | overrides
+        values = content | {name: _merged(content.get(name), value) for name, value in overrides.items()}
         unknown = sorted(str(key) for key in values if key not in known)
         if unknown:
             raise ValueError(f"{path}: unknown field {', '.join(unknown)}; allowed are {', '.join(known)}")
         try:
-            return cls(**{name: _as_number(known[name], value) for name, value in values.items()})
+            return cls(**{name: as_number(known[name], value) for name, value in values.items()})
         except TypeError as error:  # a field without a default is missing
             raise ValueError(f"{path}: {str(error).replace('__init__() ', '')}") from None
         except ValueError as error:
@@ -57,6 +61,22 @@ def parse_fields(items: Iterable[str]) -> dict[str, Any]:
     return fields
 
 
+def as_number(annotation: Any, value: Any) -> Any:
+    """`value`, as a float where `annotation` has one: YAML 1.1 reads `1e-3`, without a point, as a string."""
+    if isinstance(value, str) and float in (annotation, *get_args(annotation)):
+        try:
+            return float(value)
+        except ValueError:
+            pass  # the check of types says what is allowed
+    return value
+
+
+def _merged(content: Any, override: Any) -> Any:
+    if override and isinstance(content, dict) and isinstance(override, dict):
+        return content | override
+    return override
+
+
 def _check_type(name: str, annotation: Any, value: Any) -> None:
     if get_origin(annotation) is Literal:
         if value not in get_args(annotation):
@@ -73,13 +93,3 @@ def _check_type(name: str, annotation: Any, value: Any) -> None:
         if get_args(member) and isinstance(value, get_origin(member)):
             for element in value:
                 _check_type(f"an element of {name}", get_args(member)[0], element)
-
-
-def _as_number(annotation: Any, value: Any) -> Any:
-    """YAML 1.1 reads `1e-3`, without a point, as a string."""
-    if isinstance(value, str) and float in (annotation, *get_args(annotation)):
-        try:
-            return float(value)
-        except ValueError:
-            pass  # the check of types says what is allowed
-    return value

@@ -134,7 +134,13 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> DeepseekV3Tokenizer:
 
     A tokenizer that pads with its EOS gets its unknown token, which a byte-level vocabulary never uses, as padding:
     whoever masks padding in the loss would otherwise never teach the model to stop.
+
+    Raises:
+        ValueError: it has no BOS, no EOS, or nothing to pad with.
     """
+    for name in ("bos_token", "eos_token"):
+        if getattr(tokenizer, name) is None:
+            raise ValueError(f"tokenizer: {name} is not set, allowed is a token: documents stand between the two")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):
             raise ValueError(f"tokenizer: found EOS {tokenizer.eos_token!r} for padding and no other token for it")

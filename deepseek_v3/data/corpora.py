@@ -5,10 +5,12 @@ import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
+from typing import Literal
 
 from .sources import DATASETS_PREFIX, Document, read_datasets, read_files, read_stdlib
 
 HELDOUT_FRACTION = 0.05  # of the documents; 3 % of the bytes of the standard library
+Split = Literal["drawn by a hash of the documents' names", "the end of the one document", "a text of its own"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Corpus:
         name: the source, with the Python version for the standard library (its text differs per release).
         train, heldout: documents in a fixed order.
         licence: SPDX name where known.
+        split: what the held-out part is.
         sha256: hash over split, name and text of every document: equal hashes mean equal training data.
         train_bytes, heldout_bytes: sizes as UTF-8, in bytes.
     """
@@ -27,6 +30,7 @@ class Corpus:
     train: Sequence[Document]
     heldout: Sequence[Document]
     licence: str | None
+    split: Split
     sha256: str
     train_bytes: int
     heldout_bytes: int
@@ -71,7 +75,8 @@ def build_corpus(
 ) -> Corpus:
     """Remove blank and exactly repeated documents, then split; see `load_corpus` for the arguments.
 
-    A lone document is cut at a line break instead, its last `heldout_fraction` held out.
+    A lone document is cut instead, its last `heldout_fraction` held out: at a line break, or, where that would hold
+    out about twice as much, between words, or else between characters.
 
     Raises:
         ValueError: no text at all, or nothing left in one of the splits.
@@ -84,20 +89,24 @@ def build_corpus(
     train = _unseen(documents, seen)
     if not train and not held:
         raise ValueError(f"corpus {name!r} is empty: no document holds any text")
-    if heldout is None:
-        if len(train) == 1:
-            train, held = _cut(train[0], heldout_fraction)
-        else:
-            is_held = [_in_heldout(doc, heldout_fraction) for doc in train]
-            held = [doc for doc, h in zip(train, is_held, strict=True) if h]
-            train = [doc for doc, h in zip(train, is_held, strict=True) if not h]
-    for split, left in (("train", train), ("heldout", held)):
+    split: Split
+    if heldout is not None:
+        split = "a text of its own"
+    elif len(train) == 1:
+        split = "the end of the one document"
+        train, held = _cut(train[0], heldout_fraction)
+    else:
+        split = "drawn by a hash of the documents' names"
+        is_held = [_in_heldout(doc, heldout_fraction) for doc in train]
+        held = [doc for doc, h in zip(train, is_held, strict=True) if h]
+        train = [doc for doc, h in zip(train, is_held, strict=True) if not h]
+    for part, left in (("train", train), ("heldout", held)):
         if not left:
             raise ValueError(
-                f"corpus {name!r}: nothing left in the {split} split of {len(train) + len(held)} distinct documents; "
+                f"corpus {name!r}: nothing left in the {part} split of {len(train) + len(held)} distinct documents; "
                 f"give more documents, another heldout_fraction (now {heldout_fraction}), or a source for heldout"
             )
-    return Corpus(name, train, held, licence, _hash(train, held), _n_bytes(train), _n_bytes(held))
+    return Corpus(name, train, held, licence, split, _hash(train, held), _n_bytes(train), _n_bytes(held))
 
 
 def _read(source: str, text_field: str) -> tuple[list[Document], str, str | None]:
@@ -127,8 +136,13 @@ def _in_heldout(doc: Document, fraction: float) -> bool:
 
 
 def _cut(doc: Document, fraction: float) -> tuple[list[Document], list[Document]]:
-    at = doc.text.rfind("\n", 0, int(len(doc.text) * (1 - fraction))) + 1
-    train, held = Document(f"{doc.name}#train", doc.text[:at]), Document(f"{doc.name}#heldout", doc.text[at:])
+    text = doc.text
+    cut = int(len(text) * (1 - fraction))
+    earliest = max(1, int(cut * (1 - fraction)))
+    at = text.rfind("\n", 0, cut) + 1
+    if at < earliest:
+        at = next((i for i in range(cut, earliest, -1) if text[i - 1].isspace()), cut)
+    train, held = Document(f"{doc.name}#train", text[:at]), Document(f"{doc.name}#heldout", text[at:])
     return [train] if train.text.strip() else [], [held] if held.text.strip() else []
 
 

@@ -111,9 +111,10 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    text = read_text(path)
     try:
-        records = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(records, list):
         raise ValueError(f"{path}: expected a list of objects, found {type(records).__name__} (one per line: .jsonl)")

@@ -10,6 +10,7 @@ import json
 import lzma
 import sysconfig
 import tokenize
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,19 +80,22 @@ def read_datasets(source: str, text_field: str) -> tuple[list[Document], str | N
     """Read ``datasets:NAME[:CONFIG[:SPLIT]]`` with the `datasets` library; the split defaults to ``train``.
 
     NAME is what `datasets.load_dataset` takes (a Hub name or a local folder), or a folder written by `save_to_disk`.
+    Where that holds a lone `Dataset`, the default is the split that it is; CONFIG only names the documents.
 
     Returns:
-        The documents, named ``NAME[:CONFIG]:SPLIT:ROW``, and the licence recorded in the dataset, if any.
+        The documents, named ``NAME[:CONFIG]:SPLIT:ROW``, of a local folder its last part as NAME; and the licence
+        recorded in the dataset, if any.
 
     Raises:
-        ValueError: malformed source, `datasets` not installed, unknown split or column, or a row without text.
+        ValueError: malformed source, `datasets` not installed, unknown split or column, data that it cannot read, or
+            a row without text.
     """
     name, config, split = parse_datasets(source)
-    split = split or "train"
-    loaded = load_datasets(source, name, config, split)
+    loaded = load_datasets(source, name, config, split, default="train")
     if text_field not in loaded.column_names:
         raise ValueError(f"source {source!r}: column {text_field!r} not found; it has {loaded.column_names}")
-    prefix = ":".join(part for part in (name, config, split) if part)
+    label = Path(name).resolve().name if Path(name).exists() else name
+    prefix = ":".join(part for part in (label, config, split or "train") if part)
     documents = []
     for row, text in enumerate(loaded[text_field]):
         if not isinstance(text, str):
@@ -113,11 +117,12 @@ def parse_datasets(source: str) -> tuple[str, str, str]:
     return name, config, split
 
 
-def load_datasets(source: str, name: str, config: str, split: str) -> Any:
-    """The `Dataset` of one split, or, where `split` is empty, what is there: a `DatasetDict` or a lone `Dataset`.
+def load_datasets(source: str, name: str, config: str, split: str, default: str = "") -> Any:
+    """The `Dataset` of one split. Where `split` is empty: the lone `Dataset` that `save_to_disk` wrote, else the split
+    `default`, or, if that is empty, too, all splits as a `DatasetDict`.
 
     Raises:
-        ValueError: `datasets` not installed, or a folder of `save_to_disk` without that split.
+        ValueError: `datasets` not installed, no such split, or files that `datasets` cannot read.
     """
     try:
         import datasets
@@ -125,13 +130,20 @@ def load_datasets(source: str, name: str, config: str, split: str) -> Any:
         raise ValueError(f"source {source!r} needs the datasets library: pip install datasets") from error
 
     if not any((Path(name) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
-        return datasets.load_dataset(name, config or None, split=split or None)
+        try:
+            return datasets.load_dataset(name, config or None, split=split or default or None)
+        except datasets.exceptions.DatasetsError as error:
+            cause = f" ({error.__cause__})" if error.__cause__ else ""
+            raise ValueError(f"source {source!r}: {error}{cause}") from error
     loaded = datasets.load_from_disk(name)
-    if split and isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise ValueError(f"source {source!r}: split {split!r} not found; it has {sorted(loaded)}")
-        return loaded[split]
-    return loaded
+    lone = not isinstance(loaded, datasets.DatasetDict)
+    splits = {str(loaded.split or "train"): loaded} if lone else loaded
+    wanted = split if lone else split or default
+    if not wanted:
+        return loaded
+    if wanted not in splits:
+        raise ValueError(f"source {source!r}: split {wanted!r} not found; it has {sorted(splits)}")
+    return splits[wanted]
 
 
 def find_files(source: str, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> tuple[Path, list[Path]]:
@@ -178,7 +190,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         with _OPENERS.get(path.suffix, open)(path, "rb") as file:
             return file.read()
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
@@ -219,7 +231,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # a number of over 4,300 digits; deep nesting
                 raise ValueError(f"{path}:{number}: not JSON: {error}") from error
 
 

@@ -1,11 +1,11 @@
 """What a pretraining run is: one strict, flat recipe, read from YAML."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ..configuration import PRESETS, DeepseekV3Config, preset
-from ..recipe import YamlRecipe
+from ..recipe import YamlRecipe, as_number
 
 QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 Dtype = Literal["auto", "bf16", "fp32"]
@@ -92,8 +92,10 @@ class Recipe(YamlRecipe):
 
     @classmethod
     def load(cls, path: str | Path = QUICKSTART, **overrides: Any) -> "Recipe":
-        """Read a YAML file; `overrides` win. Raises `ValueError` naming the file and the field."""
+        """As `YamlRecipe.load`, with the fields of the model checked, too."""
         recipe = super().load(path, **overrides)
+        types = {spec.name: spec.type for spec in fields(DeepseekV3Config)}
+        recipe = replace(recipe, model={name: as_number(types.get(name), v) for name, v in recipe.model.items()})
         try:
             recipe.config()
         except ValueError as error:
@@ -101,9 +103,15 @@ class Recipe(YamlRecipe):
         return recipe
 
     def config(self, **special_tokens: int | None) -> DeepseekV3Config:
-        """The model's configuration, with the tokenizer's special token ids."""
+        """The model's configuration, with the tokenizer's special token ids. ValueError: its fields are not usable."""
         lengths = {"max_position_embeddings": max(self.sequence_length, preset(self.preset).max_position_embeddings)}
-        return preset(self.preset, **(lengths | special_tokens | self.model))
+        config = preset(self.preset, **(lengths | special_tokens | self.model))
+        if config.max_position_embeddings < self.sequence_length:
+            raise ValueError(
+                f"max_position_embeddings is {config.max_position_embeddings}, allowed are {self.sequence_length} "
+                "(sequence_length) and more"
+            )
+        return config
 
 
 def kernels(config: DeepseekV3Config) -> dict[str, str | None]:

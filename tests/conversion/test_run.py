@@ -135,3 +135,18 @@ def test_a_padding_token_beyond_the_vocabulary_is_refused_before_the_work(
     with pytest.raises(ValueError, match=r"token '<new>' has id 300, but config\.vocab_size is 300"):
         convert(source, tmp_path / "out", data=[str(write_corpus(tmp_path / "corpus"))], sequence_length=64)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_a_tokenizer_without_bos_or_eos_is_refused_before_the_work(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source = Path(shutil.copytree(folders[0], tmp_path / "source"))
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    del config[name]
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    run = sys.modules["deepseek_v3.conversion.run"]
+    monkeypatch.setattr(run, "tokenize_documents", Mock(side_effect=AssertionError))
+    with pytest.raises(ValueError, match=f"tokenizer: {name} is not set, allowed is a token"):
+        convert(source, tmp_path / "out", data=[str(write_corpus(tmp_path / "corpus"))], sequence_length=64)
+    assert not (tmp_path / "out").exists()

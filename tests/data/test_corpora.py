@@ -4,6 +4,7 @@ import json
 import lzma
 import platform
 import random
+import re
 
 import pytest
 
@@ -12,6 +13,12 @@ from deepseek_v3.data import Document, build_corpus, load_corpus
 
 def make_documents(n):
     return [Document(f"{i:04d}.txt", f"text number {i}\n") for i in range(n)]
+
+
+def flipped(content):
+    """`content` with its middle damaged."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 20]) + content[middle + 20 :]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +127,37 @@ def test_lone_document_is_cut_at_a_line_break(tmp_path):
     assert corpus.train_bytes + corpus.heldout_bytes == len(text.encode())
 
 
+@pytest.mark.parametrize(
+    ("text", "ending"),
+    [
+        ("Title\n" + "word " * 2000, " "),  # one long line: between words
+        ("word " * 2000, " "),
+        ("Title\n" + "字" * 2000, "字"),  # no white space: between characters
+        ("Title \n\n" + "字" * 2000, "字"),
+    ],
+)
+def test_a_lone_document_of_long_lines_loses_no_more_than_its_end(text, ending):
+    for fraction in (0.05, 0.5):
+        corpus = build_corpus([Document("book.txt", text)], "x", heldout_fraction=fraction)
+        [train], [held] = corpus.train, corpus.heldout
+        assert train.text + held.text == text and train.text.endswith(ending)
+        assert fraction <= len(held.text) / len(text) < 1.01 * fraction + 0.001
+
+
+def test_a_line_break_within_twice_the_fraction_is_taken():
+    lines = [f"{i:09d}\n" for i in range(11)]  # the cut asked for is inside the last line but one
+    corpus = build_corpus([Document("book.txt", "".join(lines))], "x", heldout_fraction=0.1)
+    assert corpus.heldout[0].text == "".join(lines[9:])
+
+
+def test_the_corpus_says_how_its_heldout_part_was_made():
+    docs = make_documents(100)
+    assert build_corpus(docs, "x").split == "drawn by a hash of the documents' names"
+    assert build_corpus([Document("a", "text\n" * 99)], "x").split == "the end of the one document"
+    for train in (docs[:1], docs[:9]):
+        assert build_corpus(train, "x", heldout=docs[9:]).split == "a text of its own"
+
+
 def test_folder_glob_and_compressed_files(tmp_path):
     root = tmp_path / "corpus"
     (root / "sub").mkdir(parents=True)
@@ -157,15 +195,18 @@ def test_line_separators_inside_a_json_string_do_not_end_the_line(tmp_path):
     [
         ("a.txt", b"good \xff", r"a\.txt: not UTF-8: byte 0xff at byte offset 5"),
         ("a.txt", b" \n", r"a\.txt' is empty"),
-        ("a.txt", b"one line", r"nothing left in the train split of 1 distinct"),
+        ("a.txt", b"x", r"nothing left in the train split of 1 distinct"),
         ("a.jsonl", b'{"text": "x"}\n\n{"body": "x"}\n', r"a\.jsonl:3: field 'text' not found; found \['body'\]"),
         ("a.jsonl", b'{"text": 7}', r"a\.jsonl:1: field 'text' must be a string, found int"),
         ("a.jsonl", b"[1]", r"a\.jsonl:1: field 'text' not found; found list"),
         ("a.jsonl", b'{"text": "x"}\n{"te', r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"n": ' + b"1" * 5000 + b"}", r"a\.jsonl:2: not JSON: .*digits"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, r"a\.jsonl:2: not JSON: .*recursion"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "y"}\n', r"nothing left in the heldout split of 2 distinct"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "bad \\ud83d here"}', r"a\.jsonl:2: field 'text': found '\\ud83d' at"),
         ("a.txt.xz", b"not xz at all", r"a\.txt\.xz: cannot be read"),
         ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:20], r"a\.txt\.gz: cannot be read"),
+        ("a.txt.gz", flipped(gzip.compress(str([*range(5000)]).encode(), mtime=0)), r"a\.txt\.gz: cannot be read"),
     ],
 )
 def test_unusable_files_are_named(tmp_path, name, content, message):
@@ -207,3 +248,40 @@ def test_datasets_source(tmp_path, monkeypatch):
     corpus = load_corpus("datasets:owner/name:config:test", heldout_fraction=0.2)
     assert calls == [(("owner/name", "config"), {"split": "test"})]
     assert {f"owner/name:config:test:{i}" for i in range(100)} == {d.name for d in (*corpus.train, *corpus.heldout)}
+
+
+def test_a_folder_of_datasets_has_one_split_however_its_path_is_spelled(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": [f"row {i}" for i in range(100)]}).save_to_disk(str(tmp_path / "a" / "ds"))
+    monkeypatch.chdir(tmp_path / "a")
+    paths = ["ds", "./ds", "ds/", "../a/ds", str(tmp_path / "a" / "ds")]
+    hashes = {load_corpus(f"datasets:{path}", heldout_fraction=0.2).sha256 for path in paths}
+    (tmp_path / "b").mkdir()
+    moved = (tmp_path / "a" / "ds").rename(tmp_path / "b" / "ds")
+    hashes.add(load_corpus(f"datasets:{moved}::train", heldout_fraction=0.2).sha256)
+    assert len(hashes) == 1
+    assert load_corpus(f"datasets:{moved}", heldout_fraction=0.2).train[0].name.startswith("ds:train:")
+
+
+def test_a_lone_saved_dataset_has_no_other_split(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    texts = [f"row {i}" for i in range(100)]
+    for folder, split, others in (("a", "test", ["train"]), ("b", "train[:9]", ["test", "train"]), ("c", None, ["x"])):
+        datasets.Dataset.from_dict({"text": texts}, split=split).save_to_disk(str(tmp_path / folder))
+        assert load_corpus(f"datasets:{tmp_path}/{folder}", heldout_fraction=0.2)  # none asked for
+        for other in others:
+            found = re.escape(f"split '{other}' not found; it has ['{split or 'train'}']")
+            with pytest.raises(ValueError, match=found):
+                load_corpus(f"datasets:{tmp_path}/{folder}::{other}")
+    assert load_corpus(f"datasets:{tmp_path}/a::test", heldout_fraction=0.2)
+    assert load_corpus(f"datasets:{tmp_path}/c::train", heldout_fraction=0.2)
+
+
+def test_a_file_that_datasets_cannot_read_is_a_value_error(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "a"}\n{"te\n')
+    with pytest.raises(ValueError, match=f"source 'datasets:{re.escape(str(tmp_path))}/data': .*JSON"):
+        load_corpus(f"datasets:{tmp_path}/data")
+    assert (tmp_path / "cache").is_dir()

@@ -63,6 +63,8 @@ def test_folders_without_a_training_file_or_with_two_splits_in_a_name(tmp_path):
         ("a.jsonl", '{"text": "x"}\n\n{"text"\n', "a.jsonl:3: not JSON"),
         ("a.jsonl", "", "a.jsonl: no row"),
         ("a.json", '{"text": "x"}', "a.json: expected a list of objects, found dict"),
+        ("a.json", '[{"text": ' + "1" * 5000 + "}]", "a.json: not JSON: .*digits"),
+        ("a.json", "[" * 100_000, "a.json: not JSON: .*recursion"),
         ("a.json", '[{"text": "x"}, 3]', "a.json: row 2: expected an object with named fields, found int"),
         ("a.csv", "text,label\nx,y\nx,y,z\n", "a.csv:3: 3 values under 2 columns"),
         ("a.csv", 'text,label\nx,y\n"x"y,z\n', "a.csv:3: not CSV"),

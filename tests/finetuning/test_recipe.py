@@ -54,6 +54,15 @@ def test_numbers_in_scientific_notation(tmp_path: Path) -> None:
     assert (recipe.learning_rate, recipe.epochs) == (0.001, 2)
 
 
+def test_overrides_of_a_mapping_are_merged_into_it(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("base: a\ntask: b\noutput_dir: c\ntask_options: {fold: 1, seed: 2}\nunfreezing: {stages: 3}\n")
+    recipe = FinetuneRecipe.load(path, task_options={"fold": 4}, unfreezing={"first_layers": 2})
+    assert recipe.task_options == {"fold": 4, "seed": 2} and recipe.schedule() == Unfreezing(stages=3, first_layers=2)
+    recipe = FinetuneRecipe.load(path, task_options={}, unfreezing=None)
+    assert recipe.task_options == {} and recipe.unfreezing is None
+
+
 # field -> values that are refused; the message names the field
 BAD: dict[str, list[Any]] = {
     **dict.fromkeys(("base", "task", "output_dir"), [None, 3, ["a"]]),

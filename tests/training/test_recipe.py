@@ -51,6 +51,17 @@ def test_fields_come_from_file_then_overrides(tmp_path: Path) -> None:
     assert config.hidden_size == preset("tiny").hidden_size
 
 
+def test_overrides_of_a_mapping_are_merged_into_it(tmp_path: Path) -> None:
+    config = Recipe.load(QUICKSTART, model={"mtp_loss_coef": 0.1}).config()
+    assert (config.bias_update_speed, config.mtp_loss_coef) == (0.005, 0.1)
+    text = "preset: tiny\nmodel: {vocab_size: 600, mtp_loss_coef: 0.2}"
+    assert load(tmp_path, text, model={"vocab_size": 700}).model == {"vocab_size": 700, "mtp_loss_coef": 0.2}
+    assert load(tmp_path, text, model={}).model == {}  # the preset's own
+    assert load(tmp_path, "preset: tiny", model={"vocab_size": 700}).model == {"vocab_size": 700}
+    refuse(tmp_path, text, "model is None", model=None)
+    refuse(tmp_path, "model: 3", "unknown fields ['hiden_size']", model={"hiden_size": 32})
+
+
 def test_context_grows_with_the_sequences() -> None:
     assert Recipe(preset="tiny", sequence_length=2048).config().max_position_embeddings == 2048
     assert Recipe(preset="tiny", sequence_length=16).config().max_position_embeddings == 512
@@ -62,6 +73,9 @@ def test_numbers_without_a_point_are_numbers(tmp_path: Path, text: str) -> None:
     recipe = load(tmp_path, f"learning_rate: {text}")
     assert recipe.learning_rate == float(text) and isinstance(recipe.learning_rate, float)
     assert load(tmp_path, "steps: 3", min_lr_ratio=text).min_lr_ratio == float(text)
+    fields = ("mtp_loss_coef", "bias_update_speed", "attention_dropout")
+    model = load(tmp_path, f"model: {{{', '.join(f'{name}: {text}' for name in fields)}}}").model
+    assert model == dict.fromkeys(fields, float(text)) and all(type(value) is float for value in model.values())
 
 
 @pytest.mark.parametrize(
@@ -176,6 +190,10 @@ def test_types_and_ranges(tmp_path: Path, field: str, value: str) -> None:
         ("{num_experts_per_tok: 99}", "num_experts_per_tok"),
         ("{n_group: 3}", "n_group"),
         ("{vocab_size: many}", "vocab_size"),
+        ("{max_position_embeddings: 16}", "max_position_embeddings is 16, allowed are 256"),
+        ("{vocab_size: 1e3}", "vocab_size"),
+        ("{hidden_act: 1e3}", "hidden_act"),
+        ("{mtp_loss_coef: much}", "mtp_loss_coef"),
         ("{1: 2}", "1"),
     ],
 )
