@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..configuration import DeepseekV3Config
 from ..configuration.local_paths import without_paths
 from ..durable import file_sha256
 from .card import (
@@ -44,7 +45,8 @@ def write_pretraining_card(folder: str | Path, record: Mapping[str, Any], weight
         measured = _figures(folder)
         data = _front_matter(record, measured, weights_licence)
         shape = table(architecture(config, record["parameters"]))
-        fields = _fields(folder, record, measured) | {"architecture": shape, "weights_licence": weights_licence}
+        fields = _fields(folder, config, record, measured)
+        fields |= {"architecture": shape, "weights_licence": weights_licence}
     except KeyError as error:
         raise ValueError(f"model card of {folder}: the run's record has no field {error}") from None
     return write_with_record(folder, render("pretraining_card.md", folder, data, fields), record)
@@ -84,14 +86,17 @@ def _front_matter(record: Mapping[str, Any], measured: Mapping[str, Any], weight
     )
 
 
-def _fields(folder: Path, record: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, str]:
+def _fields(
+    folder: Path, config: DeepseekV3Config, record: Mapping[str, Any], measured: Mapping[str, Any]
+) -> dict[str, str]:
     recipe, corpus, parameters = record["recipe"], record["corpus"], record["parameters"]
+    warmed_up = min(1, record["steps"] / max(1, recipe["warmup_steps"]))  # a shorter run ends before the peak
     training = {
         "tokens": f"{record['tokens']:,} in {record['steps']:,} steps of {recipe['batch_size']} x "
         f"{recipe['sequence_length']}",
         "compute": f"{record['train_flops']:.3g} FLOPs, {record['train_seconds']} s",
         "optimizer": f"AdamW ({recipe['beta1']}, {recipe['beta2']}), weight decay {recipe['weight_decay']}, peak "
-        f"learning rate {recipe['learning_rate']}, cosine",
+        f"learning rate {recipe['learning_rate'] * warmed_up:g}, cosine",
         "precision": record["dtype"],
         "seed": recipe["seed"],
         **software(record["environment"]),
@@ -108,8 +113,8 @@ def _fields(folder: Path, record: Mapping[str, Any], measured: Mapping[str, Any]
         "here": HERE,
         "use_mtp": str(bool(record["mtp"])),
         "data": f"{corpus['name']}: {corpus['train_documents']:,} documents, {corpus['train_bytes']:,} bytes for "
-        f"training and {corpus['heldout_documents']:,} documents, {corpus['heldout_bytes']:,} bytes held out, split "
-        f"by a hash of the document names. SHA-256 of the text: `{corpus['sha256']}`. Licence: {licence}.",
+        f"training and {corpus['heldout_documents']:,} documents, {corpus['heldout_bytes']:,} bytes held out. What is "
+        f"held out is {corpus['split']}. SHA-256 of the text: `{corpus['sha256']}`. Licence: {licence}.",
         "training": table(training),
         "recipe": recipe_block(recipe),
         "heldout": f"{corpus['heldout_documents']:,} documents",
@@ -118,17 +123,20 @@ def _fields(folder: Path, record: Mapping[str, Any], measured: Mapping[str, Any]
         "evaluation": table(evaluation),
         "better": better_baselines("bits per byte", record["heldout_bits_per_byte"], baselines, higher=False),
         "measured": _measured(measured),
-        "mtp": _mtp(record["mtp"]),
-        "load": _load(folder, record["load"]),
+        "mtp": _mtp(record["mtp"], config),
+        "load": _load(folder, record["load"], recipe["log_every"]),
         "corpus_name": corpus["name"],
         "licence": licence,
         "citation": CITATION,
     }
 
 
-def _mtp(mtp: Mapping[str, Any] | None) -> str:
-    if mtp is None:
+def _mtp(mtp: Mapping[str, Any] | None, config: DeepseekV3Config) -> str:
+    if not config.num_nextn_predict_layers:
         return "The model has no MTP layer."
+    if mtp is None:
+        trained = "no draft was made on the held-out prompts" if config.mtp_loss_coef else "not trained, so not used"
+        return f"MTP: {trained}."
     return (
         f"MTP, greedy, one draft per step on held-out prompts: {mtp['acceptance']:.1%} of {mtp['drafts']:,} "
         f"drafts accepted, {mtp['tokens_per_forward']:.2f} tokens per forward pass."
@@ -146,14 +154,15 @@ def _measured(measured: Mapping[str, Any]) -> str:
     return "\n".join(["Measured again, with intervals, by `deepseek-v3 evaluate`:", "", *lines]) if lines else ""
 
 
-def _load(folder: Path, load: Mapping[str, Any]) -> str:
+def _load(folder: Path, load: Mapping[str, Any], steps: int) -> str:
     peak, last, dead = (load[name] for name in ("max_violation_peak", "max_violation_last", "dead_experts_last"))
     if peak is None:
         return "The model has no routed experts."
     beside = folder / "load.png"
     plot = copy_figure(beside if beside.exists() else folder.parent / "load.png", folder)
     return (
-        f"Expert load: MaxVio (`max / mean - 1`, per step, mean over layers) peaked at {peak:.2f} and was {last:.2f} "
-        f"at the end; share of experts that no token chose in the last steps: {dead:.1%}.\n\n"
+        f"Expert load: MaxVio (`max / mean - 1`, mean over layers and over {steps:,} steps at a time) peaked at "
+        f"{peak:.2f} and was {last:.2f} at the end; share of experts that no token chose in the last "
+        f"steps: {dead:.1%}.\n\n"
         f"![MaxVio over the run, and each expert's share of the last steps' tokens]({plot})"
     )

@@ -70,7 +70,7 @@ class RoutingBiasHook:
 
 @dataclass(frozen=True)
 class LoadStatistics:
-    """Of one set of counts, each averaged over the layers that saw tokens (`dead` is the share over all layers).
+    """Of one set of counts, each averaged over the layers that saw tokens.
 
     max_violation: MaxVio, `max / mean - 1` (arXiv 2408.15664); cv: standard deviation / mean; dead: share of experts
     that no token chose; entropy: of the load, divided by `log E`, so 1 is even.
@@ -93,6 +93,6 @@ class LoadStatistics:
         return cls(
             max_violation=float((load.amax(dim=1, keepdim=True) / mean - 1).mean()),
             cv=float((load.std(dim=1, correction=0) / mean.squeeze(1)).mean()),
-            dead=float((counts == 0).double().mean()),
+            dead=float((load == 0).double().mean()),
             entropy=float(entropy.mean()),
         )

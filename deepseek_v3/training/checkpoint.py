@@ -41,9 +41,9 @@ def save_state(
     record: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `root/step-N`, then drop all but the newest `keep` states up to it and what killed saves left behind.
+    """Write `root/step-N`, then drop all but the newest `keep` states and what killed saves left behind.
 
-    A state of a later step is one that did not verify when this run resumed: it neither counts nor is touched.
+    There is none of a later step: `set_aside` comes before a run goes on.
     `save_model` writes the model into the folder it is given; `record` is JSON-serialisable and returned on loading.
     Raises `OSError` naming the path when it cannot be written; earlier states are then untouched.
     """
@@ -56,7 +56,8 @@ def save_state(
         torch.save(optimizer_state, temporary / "optimizer.pt")
         sizes = {str(f.relative_to(temporary)): [f.stat().st_size, durable.file_sha256(f)] for f in _files(temporary)}
         manifest = {"step": step, "files": sizes, "record": record}
-        (temporary / MANIFEST).write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1))
+        signed = json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1)
+        (temporary / MANIFEST).write_text(signed, encoding="utf-8")
         durable.sync_tree(temporary)
         if final.exists():
             final.rename(root / f".step-{step}.tmp-replaced")
@@ -68,7 +69,7 @@ def save_state(
         raise OSError(
             f"{final}: not saved ({error}); {free / 1e6:.0f} MB are free; earlier states are kept"
         ) from error
-    for old in [state for state in list_states(root) if _step(state) <= step][keep:]:
+    for old in list_states(root)[keep:]:
         shutil.rmtree(old)
     _remove_leftovers(root)
     return final
@@ -88,7 +89,7 @@ def list_states(root: Path) -> list[Path]:
 def verify_state(state: Path) -> dict[str, Any]:
     """The state's manifest, after every file was compared with it. Raises `ValueError` naming the first bad file."""
     try:
-        manifest = json.loads((state / MANIFEST).read_text())
+        manifest = json.loads((state / MANIFEST).read_text(encoding="utf-8"))
         own_digest = manifest.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{state / MANIFEST}: cannot be read ({type(error).__name__}: {error})") from None
@@ -123,6 +124,15 @@ def newest_state(root: Path, report: Callable[[str], None]) -> tuple[Path, dict[
     if reasons:
         raise ValueError(f"{root}: no usable state: {'; '.join(reasons)}. Remove {root} to start again.")
     return None
+
+
+def set_aside(root: Path, chosen: Path) -> None:
+    """Rename the states newer than `chosen`, which did not verify, to `.step-N.refused`: they are states no longer."""
+    for state in list_states(root):
+        if _step(state) > _step(chosen):
+            refused = root / f".{state.name}.refused"
+            shutil.rmtree(refused, ignore_errors=True)  # of an earlier resume
+            state.rename(refused)
 
 
 def load_optimizer_state(state: Path) -> dict[str, Any]:

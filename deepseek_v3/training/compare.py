@@ -41,12 +41,15 @@ def dense_twin(config: DeepseekV3Config) -> DeepseekV3ForCausalLM:
 
 def training_flops(config: DeepseekV3Config, sequence_length: int) -> float:
     """FLOPs per trained token, forward and backward: 6 per activated parameter (output head and MTP layers with
-    their use of the head included, embedding lookups not), plus causal attention over half a row."""
-    counts, depth = num_parameters(config), config.num_nextn_predict_layers
+    their use of the head included, embedding lookups not), plus causal attention over half a row. MTP layers rest,
+    and count for nothing, with `mtp_loss_coef` 0."""
+    counts, depth = num_parameters(config), config.num_nextn_predict_layers if config.mtp_loss_coef else 0
     layers = config.num_hidden_layers + depth
     idle_experts = config.n_routed_experts - config.num_experts_per_tok
     idle = 3 * config.hidden_size * config.moe_intermediate_size * idle_experts  # of each MoE layer
     mtp_moe = min(max(layers - config.first_k_dense_replace, 0), depth)
-    active = counts.activated + counts.mtp - mtp_moe * idle + depth * config.vocab_size * config.hidden_size
+    active = counts.activated
+    if depth:
+        active += counts.mtp - mtp_moe * idle + depth * config.vocab_size * config.hidden_size
     width = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
     return 6 * active + 6 * layers * width * sequence_length / 2

@@ -115,7 +115,7 @@ class Monitor:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a half-written last line (a killed run) is dropped."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -19,8 +19,8 @@ from ..configuration import DeepseekV3Config, num_parameters
 from ..data import heldout_bits_per_byte, load_corpus
 from ..modeling_deepseek_v3 import DeepseekV3ForCausalLM
 from ..process import any_rank, environment, keep_freed_memory, locked, say, stop_signals
-from .balance import routers
-from .checkpoint import load_optimizer_state, newest_state, save_state
+from .balance import LoadStatistics, routers
+from .checkpoint import load_optimizer_state, newest_state, save_state, set_aside
 from .compare import baselines, dense_twin, training_flops
 from .evaluation import mtp_acceptance, write_samples
 from .loop import StepResult, fit
@@ -39,8 +39,8 @@ from .resuming import (
 )
 from .text import TextData, load_tokenizer, prepare_text
 
-# A prompt of the held-out text for samples and MTP acceptance, in characters.
-PROMPT_CHARS = 400
+SAMPLES, SAMPLE_CHARS = 4, 120  # continued beginnings of held-out documents
+PROMPTS, PROMPT_TOKENS = 32, 64  # held-out rows whose first half, at most so long, is continued for MTP acceptance
 # The main process trains the tokenizer, saves and evaluates alone, and the others wait for it in a collective.
 LONGEST_WAIT = timedelta(days=1)
 
@@ -67,6 +67,8 @@ def pretrain(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         record = {} if restart else read_record(output, recipe)
         check_shared(output, "finished" if record else "not finished")
         if record:
+            if main:  # of a run that was killed before it removed them
+                shutil.rmtree(output / "checkpoints", ignore_errors=True)
             say(f"{output}: this run is finished ({record['steps']} steps); --restart trains it again")
             return record if main else {}
         if recipe.batch_size % accelerator.num_processes:
@@ -88,6 +90,8 @@ def pretrain(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         check_alike(recipe, corpus, identity)
         if found is not None:
             check_same_tokenizer(found[1]["record"], identity, found[0])
+            if main:
+                set_aside(output / "checkpoints", found[0])
         provenance = {"recipe": fixed_fields(recipe), "corpus_sha256": corpus.sha256, "tokenizer": identity}
         return _run(recipe, output, prepare_text(recipe, corpus, tokenizer), found, provenance, accelerator)
 
@@ -133,13 +137,13 @@ def _run(
         special["pad_token_id"] = None  # nothing is padded here, and the embedding of a padding token never trains
     config = recipe.config(**special)
     model, monitor, recent = _train(recipe, config, output, data, found, provenance, accelerator)
-    results = _evaluate(recipe, output, data, model, monitor) if main else {}
+    results = _evaluate(recipe, output, data, model, monitor, accelerator) if main else {}
     results["environment"] = made_with
     if recipe.compare:  # every rank takes part
         model.to("cpu" if main else "meta")  # one model at a time on the device
         twin = _train_dense(recipe, config, data, model.dtype, accelerator)
         if main:
-            results["baselines_bits_per_byte"]["dense"] = _heldout_bits(recipe, data, twin)
+            results["baselines_bits_per_byte"]["dense"] = _heldout_bits(recipe, data, twin, accelerator)
     record = _finish(recipe, output, data, model, monitor, recent, results) if main else {}
     accelerator.wait_for_everyone()
     return record
@@ -201,7 +205,8 @@ def _train(
             recent.append(result.counts)
             del recent[: -max(50, min(1000, recipe.steps // 10))]
             if main and step % recipe.eval_every == 0 and step < recipe.steps:
-                monitor.note(heldout_part_bits_per_byte=_heldout_bits(recipe, data, model, max_rows=64))
+                bits = _heldout_bits(recipe, data, model, accelerator, max_rows=64)
+                monitor.note(heldout_part_bits_per_byte=bits)
             stopping = any_rank(stop)
             if step < recipe.steps and (stopping or step % recipe.save_every == 0):
                 save(step)
@@ -226,25 +231,41 @@ def _ready(model: DeepseekV3ForCausalLM, recipe: Recipe, accelerator: Accelerato
 
 
 def _heldout_bits(
-    recipe: Recipe, data: TextData, model: DeepseekV3ForCausalLM, max_rows: int | None = None
+    recipe: Recipe,
+    data: TextData,
+    model: DeepseekV3ForCausalLM,
+    accelerator: Accelerator,
+    max_rows: int | None = None,
 ) -> float:
-    """With no more rows at a time than `micro_batch_size`."""
-    rows = min(16, recipe.micro_batch_size or 16)
+    """With no more rows at a time than a pass of training takes."""
+    share = recipe.batch_size // accelerator.num_processes
+    rows = min(16, recipe.micro_batch_size or share, share)
     n_bytes, documents = data.corpus.heldout_bytes, recipe.document_mask
     return heldout_bits_per_byte(model, data.heldout, n_bytes, documents, batch_size=rows, max_rows=max_rows)
 
 
 def _evaluate(
-    recipe: Recipe, output: Path, data: TextData, model: DeepseekV3ForCausalLM, monitor: Monitor
+    recipe: Recipe,
+    output: Path,
+    data: TextData,
+    model: DeepseekV3ForCausalLM,
+    monitor: Monitor,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """What the record holds of the model's quality, all but the dense twin's; writes `samples.txt`."""
     corpus, config = data.corpus, model.config
+    metrics = output / "metrics.jsonl"
+    if not any("ce_loss" in row for row in read_metrics(metrics)):
+        raise ValueError(f"{metrics}: found no line of training, allowed is the file of this run; or use --restart")
     say("evaluating on held-out text")
-    bits = _heldout_bits(recipe, data, model)
+    bits = _heldout_bits(recipe, data, model, accelerator)
     monitor.note(heldout_bits_per_byte=bits)
-    prompts = [document.text[:PROMPT_CHARS] for document in corpus.heldout]
-    acceptance = mtp_acceptance(model, data.tokenizer, prompts[:32]) if config.num_nextn_predict_layers else None
-    (output / "samples.txt").write_text(write_samples(model, data.tokenizer, [p[:120] for p in prompts[:4]]))
+    acceptance = None
+    if config.num_nextn_predict_layers and config.mtp_loss_coef:  # without a loss they were not trained
+        rows = data.heldout.rows(range(min(PROMPTS, len(data.heldout))))["input_ids"]
+        acceptance = mtp_acceptance(model, rows[:, : min(PROMPT_TOKENS, recipe.sequence_length // 2)])
+    prompts = [document.text[:SAMPLE_CHARS] for document in corpus.heldout[:SAMPLES]]
+    durable.write_text(output / "samples.txt", write_samples(model, data.tokenizer, prompts))
     references = {}
     if recipe.compare:
         references = baselines(data, config.vocab_size)
@@ -282,6 +303,7 @@ def _finish(
         "corpus": {
             "name": corpus.name,
             "licence": corpus.licence,
+            "split": corpus.split,
             "sha256": corpus.sha256,
             "train_documents": len(corpus.train),
             "train_bytes": corpus.train_bytes,
@@ -292,7 +314,7 @@ def _finish(
         "load": {
             "max_violation_peak": max((r["max_violation"] for r in rows if "max_violation" in r), default=None),
             "max_violation_last": rows[-1].get("max_violation"),
-            "dead_experts_last": float((counts == 0).double().mean()) if counts.numel() else None,
+            "dead_experts_last": LoadStatistics.of(counts).dead if counts.numel() else None,
         },
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -303,7 +325,7 @@ def _finish(
     durable.sync_tree(temporary)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    durable.write_json(output / RECORD, record)
+    durable.write_json(output / RECORD, record, allow_nan=False)
     durable.sync(output)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     return record

@@ -75,7 +75,7 @@ def read_record(output: Path, recipe: Recipe) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         saved = record["recipe"].items()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: is no run's record ({type(error).__name__}: {error})") from None

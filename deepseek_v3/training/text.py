@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from transformers.utils import cached_file
 
 from ..data import Corpus, Document, PackedDataset, pack_documents, tokenize_documents
-from ..durable import file_sha256
+from ..durable import file_sha256, write_text
 from ..process import say
 from ..tokenization import DeepseekV3Tokenizer, check_vocab, train_tokenizer
 from .recipe import Recipe
@@ -39,7 +39,7 @@ def load_tokenizer(
     """The recipe's tokenizer, or one that the main process trains on `corpus`; and what tells it from another.
 
     Raises:
-        ValueError: it has no BOS or no EOS, or ids beyond the model's vocabulary.
+        ValueError: it has no BOS or no EOS, others than the recipe's `model`, or ids beyond the model's vocabulary.
     """
     say(
         f"{corpus.name}: {len(corpus.train)} documents, {corpus.train_bytes / 1e6:.2f} MB to train on; "
@@ -50,12 +50,12 @@ def load_tokenizer(
     if not recipe.tokenizer and accelerator.is_main_process:
         origin = json.dumps({"corpus_sha256": corpus.sha256, "vocab_size": vocab_size})
         stamp = folder / "trained_on.json"
-        if not stamp.exists() or stamp.read_text() != origin:
+        if not stamp.exists() or stamp.read_text(encoding="utf-8") != origin:
             say(f"training a byte-level BPE of {vocab_size} tokens")
             tokenizer = train_tokenizer((d.text for d in corpus.train), vocab_size)
             temporary = output / f".tokenizer.tmp-{os.getpid()}"
             tokenizer.save_pretrained(temporary)
-            (temporary / stamp.name).write_text(origin)
+            write_text(temporary / stamp.name, origin)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
     accelerator.wait_for_everyone()
@@ -63,6 +63,9 @@ def load_tokenizer(
     for name in ("bos_token", "eos_token"):
         if getattr(tokenizer, name) is None:
             raise ValueError(f"{folder}: {name} is not set, allowed is a token: every document stands between the two")
+        known = getattr(tokenizer, f"{name}_id")
+        if (found := recipe.model.get(f"{name}_id", known)) != known:
+            raise ValueError(f"{folder}: {name}_id is {known}, but the recipe's model has {found}; leave it out there")
     check_vocab(tokenizer, vocab_size)
     identity = {"sha256": file_sha256(Path(cached_file(str(folder), "tokenizer.json")))}
     identity |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -88,7 +88,7 @@ def test_every_figure_is_the_record_s(run: tuple[Path, dict[str, Any]], record: 
     assert f"in the last steps: {load['dead_experts_last']:.1%}." in flat
     for key in ("train_documents", "train_bytes", "heldout_documents", "heldout_bytes"):
         assert f"{corpus[key]:,} " in flat
-    assert corpus["sha256"] in flat
+    assert corpus["sha256"] in flat and f"What is held out is {corpus['split']}." in flat
     (result,) = ModelCard(card).data.eval_results
     assert (result.metric_type, result.metric_value) == ("bits_per_byte", round(bits, 6))
     assert result.metric_name == f"bits per byte, n = {corpus['heldout_documents']} documents"
@@ -128,6 +128,26 @@ def test_figures_measured_again_have_intervals(run: tuple[Path, dict[str, Any]],
     assert result.metric_name == "bits per byte, 95 % interval 1.125 to 1.5, n = 40" and result.metric_value == 1.25
 
 
+def test_the_peak_is_the_one_that_was_reached(run: tuple[Path, dict[str, Any]], record: dict[str, Any]) -> None:
+    record["recipe"] |= {"warmup_steps": 4 * record["steps"], "learning_rate": 0.01}
+    card = write_pretraining_card(run[0], record).read_text()
+    assert table(card, "Training")["optimizer"].endswith("peak learning rate 0.0025, cosine")
+
+
+def test_mtp_layers_that_drafted_nothing(run: tuple[Path, dict[str, Any]], record: dict[str, Any]) -> None:
+    config = run[0] / "config.json"
+    before = config.read_text()
+    for changed, text in (
+        ({}, "MTP: no draft was made on the held-out prompts."),
+        ({"mtp_loss_coef": 0.0}, "MTP: not trained, so not used."),
+        ({"num_nextn_predict_layers": 0}, "The model has no MTP layer."),
+    ):
+        config.write_text(json.dumps(json.loads(before) | changed))
+        card = write_pretraining_card(run[0], record | {"mtp": None}).read_text()
+        assert text in card and "use_mtp=False" in card
+    config.write_text(before)
+
+
 def leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     for key, value in tree.items():
         yield (*path, key)
@@ -159,7 +179,8 @@ NEEDED = [
     *[(key,) for key in ("heldout_bits_per_byte", "baselines_bits_per_byte", "mtp", "load", "environment", "date")],
     *[("recipe", key) for key in ("batch_size", "sequence_length", "beta1", "beta2", "weight_decay", "seed")],
     *[("parameters", key) for key in ("total", "activated", "mtp")],
-    *[("corpus", key) for key in ("name", "licence", "sha256", "train_documents", "train_bytes", "heldout_bytes")],
+    *[("corpus", key) for key in ("name", "licence", "sha256", "split")],
+    *[("corpus", key) for key in ("train_documents", "train_bytes", "heldout_bytes")],
     *[("mtp", key) for key in ("acceptance", "drafts", "tokens_per_forward")],
     *[("load", key) for key in ("max_violation_peak", "max_violation_last", "dead_experts_last")],
     *[("environment", key) for key in ("package", "git", "python", "torch", "transformers", "device", "hardware")],
@@ -203,13 +224,12 @@ def test_front_matter_is_read_by_the_hub_library(run: tuple[Path, dict[str, Any]
     assert "Weights: mit." in card.text
 
 
-def test_without_mtp_licence_or_moe(run: tuple[Path, dict[str, Any]], record: dict[str, Any]) -> None:
-    record["mtp"] = None
+def test_without_licence_baselines_or_moe(run: tuple[Path, dict[str, Any]], record: dict[str, Any]) -> None:
     record["corpus"]["licence"] = "PSF-2.0"
     record["load"] = dict.fromkeys(record["load"])
     record["baselines_bits_per_byte"] = {}
     card = write_pretraining_card(run[0], record).read_text()
-    assert "has no MTP layer" in card and "Licence: PSF-2.0." in card and "use_mtp=False" in card
+    assert "Licence: PSF-2.0." in card and "use_mtp=True" in card
     assert "None" not in card
 
 

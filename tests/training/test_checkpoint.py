@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_v3 import durable
 from deepseek_v3.training import checkpoint
-from deepseek_v3.training.checkpoint import list_states, load_optimizer_state, newest_state, save_state, verify_state
+from deepseek_v3.training.checkpoint import (
+    list_states,
+    load_optimizer_state,
+    newest_state,
+    save_state,
+    set_aside,
+    verify_state,
+)
 
 FILES = ("manifest.json", "optimizer.pt", "model/config.json", "model/model.safetensors")
 
@@ -173,15 +180,31 @@ def test_pruning_keeps_the_newest_and_comes_last(tmp_path: Path, monkeypatch: py
 
 def test_a_refused_newer_state_does_not_push_out_good_ones(tmp_path: Path) -> None:
     """After a fall back from step 20 to 10 the run saves step 15: that one must stay, with one state to keep too."""
-    save(tmp_path, 10)
-    save(tmp_path, 20)
-    (tmp_path / "step-20" / "optimizer.pt").write_bytes(b"")
-    assert newest(tmp_path)[0] == tmp_path / "step-10"
-    save(tmp_path, 15, keep=1)
-    found, reports = newest(tmp_path)
-    assert found == tmp_path / "step-15" and len(reports) <= 1
-    save(tmp_path, 20, keep=1)  # and the bad one is replaced when its step comes again
-    assert newest(tmp_path) == (tmp_path / "step-20", [])
+    for step in (10, 20):
+        save(tmp_path, step)
+    for known, again in ((10, 15), (15, 16)):
+        (tmp_path / "step-20" / "optimizer.pt").write_bytes(b"")
+        assert newest(tmp_path)[0] == tmp_path / f"step-{known}"
+        set_aside(tmp_path, tmp_path / f"step-{known}")
+        save(tmp_path, again, keep=1)
+        assert newest(tmp_path) == (tmp_path / f"step-{again}", [])
+        save(tmp_path, 20, keep=2)
+        assert newest(tmp_path) == (tmp_path / "step-20", [])
+        assert names(tmp_path) == [".step-20.refused", f"step-{again}", "step-20"]
+
+
+def test_a_refused_state_is_none_of_those_to_keep(tmp_path: Path) -> None:
+    """Not even once the run has passed its step."""
+    for step in (200, 250):
+        save(tmp_path, step)
+    (tmp_path / "step-250" / "optimizer.pt").write_bytes(b"")
+    state, _ = newest(tmp_path)
+    assert state == tmp_path / "step-200"
+    set_aside(tmp_path, state)
+    for step in (230, 300):
+        save(tmp_path, step, keep=2)
+    assert [state.name for state in list_states(tmp_path)] == ["step-300", "step-230"]
+    assert (tmp_path / ".step-250.refused" / "model").is_dir()
 
 
 class Fault:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from deepseek_v3 import DeepseekV3ForCausalLM
 from deepseek_v3.configuration import preset
 from deepseek_v3.training import pretrain
-from deepseek_v3.training.compare import dense_twin
+from deepseek_v3.training.compare import dense_twin, training_flops
 from deepseek_v3.training.monitor import plot_loss
 from tests.training.helpers import fast_finish, pretrain_module, tiny_recipe
 
@@ -30,6 +30,11 @@ def test_only_moe_layers_change_in_the_dense_twin(chosen: int) -> None:
     for layer in twin.model.layers:
         for parameter in layer.mlp.parameters():
             assert float(parameter.detach().std()) == pytest.approx(config.initializer_range, rel=0.1)
+
+
+def test_mtp_layers_without_a_loss_cost_nothing() -> None:
+    resting, none = preset("tiny", mtp_loss_coef=0.0), preset("tiny", num_nextn_predict_layers=0)
+    assert training_flops(resting, 32) == training_flops(none, 32) < training_flops(preset("tiny"), 32)
 
 
 def test_the_dense_twin_has_the_device_to_itself(

@@ -17,14 +17,16 @@ from transformers import AutoTokenizer
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM as StockForCausalLM
 
 from deepseek_v3 import DeepseekV3ForCausalLM, durable
-from deepseek_v3.data import load_corpus, tokenize_documents
+from deepseek_v3.data import load_corpus, pack_documents, tokenize_documents
 from deepseek_v3.training import Recipe, pretrain, resuming
+from deepseek_v3.training.evaluation import mtp_acceptance
 from deepseek_v3.training.monitor import Monitor
 from tests.training.helpers import (
     fast_finish,
     metrics,
     pretrain_module,
     run_ranks,
+    tiny_model,
     tiny_recipe,
     weights,
 )
@@ -153,11 +155,100 @@ def test_a_finished_run_is_not_repeated(finished: tuple[Recipe, dict], capsys: p
         pretrain(Recipe(**{**vars(recipe), "learning_rate": 0.1}))
 
 
+def test_drafts_continue_the_halves_of_held_out_rows(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not whole documents, whose continuation is their end; the record holds no NaN where nothing was drafted."""
+    fast_finish(monkeypatch)
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(pretrain_module, "mtp_acceptance", lambda model, prompts: seen.append(prompts))
+    record = pretrain(tiny_recipe(tmp_path, corpus, steps=1))
+    assert record["mtp"] is None and '"mtp": null' in (tmp_path / "run.json").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokens = tokenize_documents((d.text for d in load_corpus(corpus, heldout_fraction=0.3).heldout), tokenizer)
+    marks = {"bos_id": tokenizer.bos_token_id, "eos_id": tokenizer.eos_token_id}
+    rows = pack_documents(tokens, 32, **marks, evaluation=True, context=16)
+    assert len(rows) > 20
+    expected = torch.stack([rows[i]["input_ids"][:16] for i in range(min(32, len(rows)))])
+    assert len(seen) == 1 and torch.equal(seen[0], expected)
+
+
+def test_mtp_acceptance_where_nothing_is_drafted() -> None:
+    model, prompts = tiny_model(), torch.arange(2, 26).view(3, 8)
+    assert mtp_acceptance(model, prompts, max_new_tokens=6)["drafts"] > 0
+    model.generation_config.eos_token_id = list(range(64))  # every text ends at once
+    assert mtp_acceptance(model, prompts, max_new_tokens=6) is None
+
+
+def test_a_figure_that_is_no_number_is_no_record(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast_finish(monkeypatch)
+    monkeypatch.setattr(pretrain_module, "heldout_bits_per_byte", lambda *_, **__: math.nan)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        pretrain(tiny_recipe(tmp_path, corpus, steps=1, save_every=1))
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_layers_that_rest_are_neither_measured_nor_counted(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast_finish(monkeypatch)
+    monkeypatch.setattr(pretrain_module, "mtp_acceptance", lambda *_: pytest.fail("drafted"))
+    model = {"vocab_size": 512, "mtp_loss_coef": 0.0}
+    record = pretrain(tiny_recipe(tmp_path, corpus, steps=1, batch_size=16, model=model))
+    assert record["mtp"] is None and record["load"]["dead_experts_last"] == 0
+    assert [row["dead_experts"] for row in metrics(tmp_path) if "ce_loss" in row] == [0]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"batch_size": 1}, 1), ({"batch_size": 8, "micro_batch_size": 3}, 3), ({"batch_size": 64}, 16)],
+)
+def test_evaluation_takes_no_more_rows_than_training(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], expected: int
+) -> None:
+    fast_finish(monkeypatch)
+    rows: list[int] = []
+    monkeypatch.setattr(
+        pretrain_module, "heldout_bits_per_byte", lambda *_, batch_size, **__: rows.append(batch_size) or 2.0
+    )
+    pretrain(tiny_recipe(tmp_path, corpus, steps=2, eval_every=1, **options))
+    assert rows == [expected] * 2
+
+
+def test_text_files_are_utf_8_everywhere(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the locale says something else."""
+    fast_finish(monkeypatch)
+    monkeypatch.setattr(pretrain_module, "write_samples", lambda *_: "\u00e9\u6f22")
+    write, in_the_locale_s = Path.write_text, []
+
+    def note(path: Path, content: str, encoding: str | None = None, **options: Any) -> int:
+        if encoding is None:
+            in_the_locale_s.append(path.name)
+        return write(path, content, encoding=encoding, **options)
+
+    monkeypatch.setattr(Path, "write_text", note)
+    pretrain(tiny_recipe(tmp_path, corpus, steps=2, save_every=1))
+    assert in_the_locale_s == []
+    assert (tmp_path / "samples.txt").read_bytes() == "\u00e9\u6f22".encode()
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"finished": true}', '{"recipe": 3}'])
 def test_a_damaged_record_is_named(tmp_path: Path, corpus: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ValueError, match=str(tmp_path / "run.json")):
         pretrain(tiny_recipe(tmp_path, corpus))
+
+
+def test_the_states_of_a_finished_run_go(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of a run that was killed between its record and their removal."""
+    fast_finish(monkeypatch)
+    recipe = tiny_recipe(tmp_path, corpus, steps=1)
+    record = pretrain(recipe)
+    (tmp_path / "checkpoints" / "step-1").mkdir(parents=True)
+    assert pretrain(recipe) == json.loads(json.dumps(record))
+    assert not (tmp_path / "checkpoints").exists() and (tmp_path / "model").exists()
 
 
 def test_restart_trains_again(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,8 +131,10 @@ def test_one_process_draws_and_evaluates(tmp_path: Path, corpus: Path, monkeypat
     fast_finish(monkeypatch)
     recipe = tiny_recipe(tmp_path / "run", corpus, steps=3, eval_every=2, compare=True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    evaluated: list[bool] = []
-    monkeypatch.setattr(pretrain_module, "heldout_bits_per_byte", lambda *_, **__: evaluated.append(True) or 2.0)
+    evaluated: list[int] = []
+    monkeypatch.setattr(
+        pretrain_module, "heldout_bits_per_byte", lambda *_, batch_size, **__: evaluated.append(batch_size) or 2.0
+    )
     bars: dict[str, bool] = {}
     close = Monitor.close
 
@@ -145,7 +147,7 @@ def test_one_process_draws_and_evaluates(tmp_path: Path, corpus: Path, monkeypat
     def job() -> None:
         pretrain(recipe)
         first = dist.get_rank() == 0
-        assert len(evaluated) == (3 if first else 0)  # after step 2, at the end, of the twin
+        assert evaluated == ([2] * 3 if first else [])  # after step 2, at the end, of the twin: rows as in training
         assert bars == {"step": first, "dense": first}
 
     assert run_ranks(tmp_path / "ranks", job, seconds=60) == ["done"] * 2

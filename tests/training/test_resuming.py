@@ -203,8 +203,13 @@ def test_a_bad_state_falls_back_or_stops(
     for name in ("step-3", "step-4"):
         shutil.copytree(tmp_path / "a", tmp_path / name)
     (states / "step-4" / "optimizer.pt").write_bytes(b"")
-    pretrain(recipe)
+    with monkeypatch.context() as patch:
+        signal_after(patch, 4)
+        with pytest.raises(InterruptedError):  # goes on from step 3 and saves step 4 again
+            pretrain(recipe)
     assert "step-4/optimizer.pt: 0 of" in capsys.readouterr().out
+    assert sorted(path.name for path in states.iterdir()) == [".step-4.refused", "step-3", "step-4"]
+    pretrain(recipe)
     pretrain(tiny_recipe(tmp_path / "whole", corpus, **options))
     assert same_weights(tmp_path / "a", tmp_path / "whole")
 
@@ -323,6 +328,24 @@ def test_stopping_in_the_comparison_keeps_the_model(
         k: v for k, v in expected.items() if k not in ignored
     }
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_finished_training_without_its_metrics_is_named(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is evaluated: the record holds figures from them."""
+    fast_finish(monkeypatch)
+    recipe = tiny_recipe(tmp_path, corpus, steps=2)
+    state, metrics_file = stopped(recipe, monkeypatch, step=2), tmp_path / "metrics.jsonl"
+    content = metrics_file.read_text()
+    metrics_file.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_module, "heldout_bits_per_byte", lambda *_, **__: pytest.fail("evaluated"))
+        with pytest.raises(ValueError, match=f"{metrics_file}: found no line of training"):
+            pretrain(recipe)
+    assert state.exists()
+    metrics_file.write_text(content)
+    assert pretrain(recipe)["finished"]
 
 
 def test_a_signal_in_the_last_step_stops_before_the_evaluation(

@@ -12,7 +12,7 @@ from deepseek_v3.data import load_corpus, pack_documents, tokenize_documents
 from deepseek_v3.tokenization import DeepseekV3Tokenizer, train_tokenizer
 from deepseek_v3.tokenization.vocabulary import BOS, EOS, PAD
 from deepseek_v3.training import pretrain, text
-from deepseek_v3.training.evaluation import mtp_acceptance
+from deepseek_v3.training.evaluation import write_samples
 from deepseek_v3.training.text import documents
 from tests.training.helpers import fast_finish, tiny_model, tiny_recipe
 
@@ -49,6 +49,17 @@ def test_a_tokenizer_without_document_marks_is_refused(
         pretrain(tiny_recipe(tmp_path / "run", corpus, tokenizer=folder))
 
 
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id"])
+def test_a_model_with_other_document_marks_than_the_tokenizer_is_refused(
+    tmp_path: Path, corpus: Path, no_tokenization: None, tokenizer_without: Callable, name: str
+) -> None:
+    folder = tokenizer_without()
+    known = getattr(DeepseekV3Tokenizer.from_pretrained(folder), name)
+    recipe = tiny_recipe(tmp_path / "run", corpus, tokenizer=folder, model={"vocab_size": 512, name: 7})
+    with pytest.raises(ValueError, match=f"{folder}: {name} is {known}, .* model has 7"):
+        pretrain(recipe)
+
+
 def test_a_tokenizer_beyond_the_model_s_vocabulary_is_refused(
     tmp_path: Path, corpus: Path, no_tokenization: None, tokenizer_without: Callable
 ) -> None:
@@ -57,14 +68,23 @@ def test_a_tokenizer_beyond_the_model_s_vocabulary_is_refused(
         pretrain(recipe)
 
 
-def test_a_tokenizer_without_padding_is_enough(tokenizer_without: Callable) -> None:
-    """What stands under the mask changes nothing, and the tokenizer stays as it is."""
-    model, results = tiny_model(vocab_size=512), []
-    for tokens in ((), (PAD,)):
-        tokenizer = DeepseekV3Tokenizer.from_pretrained(tokenizer_without(*tokens))
-        results.append(mtp_acceptance(model, tokenizer, ["abc", "abc def ghi jab"], max_new_tokens=6))
-        assert (tokenizer.pad_token is None) == bool(tokens)
-    assert results[0] == results[1] and results[0]["drafts"] > 0
+@pytest.mark.parametrize(("bos", "eos"), [("true", "true"), ("false", "false")])
+def test_samples_begin_as_a_training_row_does(tokenizer_without: Callable, bos: str, eos: str) -> None:
+    """Whatever the tokenizer's settings put around a text."""
+    model = tiny_model(vocab_size=512)
+    expected = write_samples(model, DeepseekV3Tokenizer.from_pretrained(tokenizer_without()), ["abc"], 4)
+    folder = Path(tokenizer_without())
+    file = folder / "tokenizer_config.json"
+    settings = {"add_bos_token": bos == "true", "add_eos_token": eos == "true"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    tokenizer = DeepseekV3Tokenizer.from_pretrained(folder)
+    (plain,) = tokenize_documents(["abc"], tokenizer)
+    assert len(tokenizer("abc")["input_ids"]) == len(plain) + (bos == "true") + (eos == "true")
+    began: list[list[int]] = []
+    generate = model.generate
+    model.generate = lambda ids, **options: (began.append(ids[0].tolist()), generate(ids, **options))[1]
+    assert write_samples(model, tokenizer, ["abc"], 4) == expected
+    assert began == [[tokenizer.bos_token_id, *plain.tolist()]] * 2
 
 
 @pytest.mark.parametrize("pad", [EOS, BOS])
