@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils.generic import maybe_autocast
 from transformers.utils.import_utils import is_tracing
 
 from ..configuration import DeepseekV3Config
@@ -90,13 +91,15 @@ def with_expanded_key(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention functions, which want heads first and every head to have its copy of the rotary key.
 
+    SDPA takes the place of one that shares the rotary key.
+
     `queries [B, S, H, n + r]`, `key_nope [B, T, H, n]`, `key_rope [B, 1, T, r]`, `value [B, T, H, v]`.
     """
     key_nope = key_nope.transpose(1, 2)
     key = torch.cat((key_nope, key_rope.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
-    attend = ATTENTION_FUNCTIONS.get_interface(
-        module.config._attn_implementation.removeprefix("paged|"), eager_attention
-    )
+    implementation = module.config._attn_implementation.removeprefix("paged|")
+    implementation = "sdpa" if implementation in SHARED_KEY_FUNCTIONS else implementation
+    attend = ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
     return attend(module, queries.transpose(1, 2), key, value.transpose(1, 2), *args, **kwargs)
 
 
@@ -113,8 +116,9 @@ def shared_key_attention(
 ) -> tuple[torch.Tensor, None]:
     """The attention implementation `"deepseek_v3"`: `kernels.mla_attention`, which never copies the rotary key.
 
-    `attention_mask`: None (causal), the first visible key of each query `[B, S]` int32, or a mask `[B, 1, S, T]`, bool
-    or added to the scores, that leaves each query one unbroken run of keys up to its own.
+    `attention_mask`: None (causal), the first visible key of each query `[B, S]` int32, or a mask `[B, 1, S, S]`, bool
+    or added to the scores, that leaves each query one unbroken run of keys up to its own. Under autocast all is
+    computed in autocast's dtype.
     """
     if dropout:
         raise ValueError(f"attention_dropout: found {dropout}, allowed 0 with attn_implementation='deepseek_v3'")
@@ -122,45 +126,44 @@ def shared_key_attention(
     if attention_mask is None and length > 1:
         total = length  # what is longer is an empty static cache
     elif attention_mask is not None and attention_mask.dim() == 4:
-        attention_mask, total = visible_keys(attention_mask[..., :total])
+        attention_mask = visible_keys(attention_mask[..., :total])
     if attention_mask is not None:
         attention_mask = attention_mask.expand(queries.shape[0], -1)
+    dtype = _dtype_of_products(queries)
     keys = (key_nope[:, :total], key_rope[:, 0, :total], value[:, :total])
-    return mla_attention(queries, *keys, scaling, attention_mask), None
+    query, key_nope, key_rope, value = (x.to(dtype) for x in (queries, *keys))
+    with maybe_autocast(query.device.type, enabled=False):  # which would round the fp32 scores
+        return mla_attention(query, key_nope, key_rope, value, scaling, attention_mask), None
 
 
-def visible_keys(mask: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """From a mask `[B or 1, 1, S, T]`: each query's first visible key `[B, S]` int32, and the end of all visible keys.
+def visible_keys(mask: torch.Tensor) -> torch.Tensor:
+    """From a mask `[B or 1, 1, S, S]`: each query's first visible key `[B or 1, S]` int32.
 
     A query that does not see its own key is padding, and sees nothing. Waits for the device once. ValueError for a
     mask that this cannot say.
     """
     if mask.shape[1] != 1:
         raise ValueError(
-            f"attention_mask: found one of shape {list(mask.shape)}, allowed [B or 1, 1, S, T] with "
+            f"attention_mask: found one of shape {list(mask.shape)}, allowed [B or 1, 1, S, S] with "
             "attn_implementation='deepseek_v3'; 'sdpa' and 'eager' take one for each head"
         )
     visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] >= 0
-    length, total = visible.shape[1:]
     starts, seen = visible.int().argmax(-1), visible.sum(-1)
-    # A static cache is longer than what is filled of it.
-    static = total > length and not is_tracing(mask)
-    end = max(length, int(torch.where(seen > 0, starts + seen, 0).max())) if static else total
-    own = torch.arange(end - length, end, device=mask.device)
-    real = visible[:, torch.arange(length, device=mask.device), own]
+    own = torch.arange(visible.shape[1], device=mask.device)
+    real = visible[:, own, own]
     if not is_tracing(mask) and not torch.all(~real | (starts + seen == own + 1)):
         raise ValueError(
             "attention_mask: found one with holes, or one that is not causal; with attn_implementation='deepseek_v3' "
             "every query has to see an unbroken run of keys that ends with its own"
         )
-    return torch.where(real, starts, total).to(torch.int32), end
+    return torch.where(real, starts, visible.shape[2]).to(torch.int32)
 
 
 def _dtype_of_products(x: torch.Tensor) -> torch.dtype:
-    """What a matrix product multiplies a tensor like `x` in: autocast's dtype where that is on, else its own."""
+    """What a matrix product multiplies `x` in: its own dtype, or under autocast that one's, except for fp64."""
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)  # which raises for meta
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
+    return torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
 
 
 # Attention functions that take the rotary key once for all heads, by their `attn_implementation`.
@@ -290,6 +293,8 @@ class DeepseekV3Attention(nn.Module):
         key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         implementation = self.config._attn_implementation.removeprefix("paged|")
         attend = SHARED_KEY_FUNCTIONS.get(implementation, with_expanded_key)
+        if attention_mask is not None and total > queries.shape[1]:
+            attend = with_expanded_key  # what is cached may have holes, and a static cache an empty end
         dropout = self.attention_dropout if self.training else 0.0
         return attend(
             self, queries, key_nope, key_rope, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs

@@ -317,6 +317,9 @@ class CheckpointMixin(PreTrainedModel):
             raise ValueError("save_pretrained: push_to_hub is True; allowed is a call of push_to_hub(repo_id) instead")
         if not getattr(self, "_hf_peft_config_loaded", False) and getattr(self, "hf_quantizer", None) is None:
             state_dict = self.with_mtp_copies(self.state_dict() if state_dict is None else state_dict)
+        generation_config: Any = getattr(self, "generation_config", None)
+        if hasattr(generation_config, "num_mtp_draft"):
+            generation_config._from_model_config = False  # True: loading drops what transformers does not know
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         names = weight_names(kwargs.get("variant"))
         forms = [path for name in names if (path := Path(save_directory) / name).is_file()]

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -217,24 +216,20 @@ def packed_causal_mask(
         and_mask_function=same_document,
     )
     if mask is not None and past_key_values is None and config._attn_implementation in SHARED_KEY_FUNCTIONS:
-        mask, _ = visible_keys(mask)  # once, for all layers
+        mask = visible_keys(mask)  # once, for all layers
     return mask
 
 
 def document_numbers(position_ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """From `position_ids [B or 1, S]`, the packed document of each token of a row, counted from 0: `[B, S]` int64.
 
-    A real token (`real [B, S]` bool) goes on with the document of the last real one before it if its position is
-    higher, by at most the columns between them: positions may count padding or leave it out.
+    A document begins at each real token (`real [B, S]` bool) of position 0; the other positions may count padding or
+    leave it out.
 
     >>> document_numbers(torch.tensor([[0, 1, 2, 0, 1]]), torch.tensor([[True, True, False, True, True]])).tolist()
     [[0, 0, 0, 1, 1]]
     """
-    columns = torch.arange(real.shape[1], device=real.device)
-    last = F.pad(torch.where(real, columns, -1).cummax(dim=1)[0][:, :-1], (1, 0), value=-1)
-    position_ids = position_ids.expand_as(real)
-    step = position_ids - position_ids.gather(1, last.clamp(min=0))
-    return (real & (last >= 0) & ((step < 1) | (step > columns - last))).cumsum(dim=1)
+    return (real & (position_ids == 0) & (real.cumsum(dim=1) > 1)).cumsum(dim=1)
 
 
 def _check_flash_documents(

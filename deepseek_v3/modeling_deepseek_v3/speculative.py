@@ -16,6 +16,7 @@ Shape legend: B rows, K drafts, V vocabulary.
 """
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,6 +119,12 @@ class MTPGenerationMixin(GenerationMixin):
         )
 
 
+def _number_of_drafts(model: Any, config: GenerationConfig, argument: Any) -> Any:
+    """Most drafts per round: the argument of `generate`, else the configured number, else one for each MTP layer."""
+    configured = getattr(config, "num_mtp_draft", None) if argument is None else argument
+    return model.config.num_nextn_predict_layers if configured is None else configured
+
+
 def _check_arguments(model: Any, mode: GenerationMode, config: GenerationConfig, mode_kwargs: dict[str, Any]) -> None:
     """`ValueError` for what this loop cannot do."""
 
@@ -127,8 +134,12 @@ def _check_arguments(model: Any, mode: GenerationMode, config: GenerationConfig,
 
     layers = model.config.num_nextn_predict_layers
     check("num_nextn_predict_layers", layers, layers > 0, "1 or more: a model with MTP layers")
-    number = mode_kwargs.get("num_mtp_draft", getattr(config, "num_mtp_draft", layers))
-    check("num_mtp_draft", number, type(number) is int and number > 0, "a positive int")
+    rope_type = model.config.rope_parameters["rope_type"]
+    fixed = "'default', 'linear' and 'yarn': with 'dynamic' the angles follow the highest position of a forward"
+    check("rope_type", rope_type, rope_type != "dynamic", fixed)
+    number = _number_of_drafts(model, config, mode_kwargs.get("num_mtp_draft"))
+    integral = isinstance(number, Integral) and not isinstance(number, bool)
+    check("num_mtp_draft", number, integral and number > 0, "a positive int")
     assisted = mode == GenerationMode.ASSISTED_GENERATION
     check("generation mode", mode.value, assisted, "greedy search and sampling (num_beams=1, no constraints)")
     for name in ("assistant_model", "assistant_tokenizer"):
@@ -225,8 +236,7 @@ def _decode(
     positions = position_ids[:, -new:].expand(batch, new)
     last_position = positions[:, -1:]
 
-    configured = getattr(generation_config, "num_mtp_draft", model.config.num_nextn_predict_layers)
-    most: int = configured if num_mtp_draft is None else num_mtp_draft
+    most = int(_number_of_drafts(model, generation_config, num_mtp_draft))
     limit = stopping_criteria.max_length or 2**62
     stats = MTPStats([0] * most, [0] * most)
     main, text = RaggedCache(past_key_values, mask[:, :past]), Text(input_ids)

@@ -158,7 +158,21 @@ def test_left_padding_changes_no_text(model):
         assert torch.equal(alone[0], text[int((~real).sum()) :])
 
 
-def test_compiled_decoding_step_on_a_static_cache(model):
+def test_right_padding_changes_no_text_without_a_cache(model, stock):
+    """The first new position is then 1: transformers counts on from the padding's 0."""
+    ids, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.long)
+    mask[0, 4:] = 0
+    for generator in (model, stock):
+        texts = [generator.generate(ids, attention_mask=mask, use_cache=cache, **GREEDY) for cache in (True, False)]
+        assert torch.equal(*texts)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), texts[0])
+
+
+@pytest.mark.parametrize("implementation, absorb", [("sdpa", True), ("deepseek_v3", False)])
+def test_compiled_decoding_step_on_a_static_cache(implementation, absorb, monkeypatch):
+    model = build(attn_implementation=implementation)
+    if not absorb:
+        expand_always(monkeypatch)
     torch._dynamo.reset()
     ids = tokens(2, 6)
     expected = model.generate(ids, **GREEDY)
@@ -256,8 +270,9 @@ def test_a_changed_kv_b_proj_is_called_instead_of_read(change, absorbed):
     assert True in absorbed
 
 
-def test_lora_on_kv_b_proj(absorbed):
-    model = build(attn_implementation="sdpa")
+@pytest.mark.parametrize("implementation", ["sdpa", "deepseek_v3"])
+def test_lora_on_kv_b_proj(implementation, absorbed):
+    model = build(attn_implementation=implementation)
     lora = peft.get_peft_model(
         model, peft.LoraConfig(r=4, target_modules=["kv_b_proj"], init_lora_weights=False)
     ).eval()

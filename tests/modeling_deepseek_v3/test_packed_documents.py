@@ -78,8 +78,14 @@ def test_flash_attention_would_join_these_documents(positions, mask) -> None:
 
 @pytest.mark.parametrize(
     ("positions", "mask"),
-    [([PACKED], None), ([PACKED], [[1] * 6]), ([WHOLE] * 2, [[1] * 6, [0, 0, 1, 1, 1, 1]]), ([WHOLE] * 2, None)],
-    ids=["one row", "one row and a full mask", "padding alone", "nothing packed"],
+    [
+        ([PACKED], None),
+        ([PACKED], [[1] * 6]),
+        ([WHOLE] * 2, [[1] * 6, [0, 0, 1, 1, 1, 1]]),
+        ([WHOLE, [0, 0, 0, 1, 2, 3]], [[1] * 6, [0, 0, 1, 1, 1, 1]]),
+        ([WHOLE] * 2, None),
+    ],
+    ids=["one row", "one row and a full mask", "padding alone", "padding of position 0", "nothing packed"],
 )
 def test_flash_attention_takes_the_rest(positions, mask) -> None:
     found = flash_mask(positions, mask)

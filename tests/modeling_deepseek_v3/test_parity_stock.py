@@ -129,8 +129,10 @@ def test_bf16_is_as_close_to_fp32_as_stock_is(attention: str) -> None:
     assert 0 < error < 1.3 * stock_error
 
 
-def test_bf16_autocast_training_is_as_close_to_fp32_as_stock_is() -> None:
-    model = build(tiny_config(num_nextn_predict_layers=0, seq_balance_coef=0.0)).train()
+@pytest.mark.parametrize("attention", ["eager", "deepseek_v3"])
+def test_bf16_autocast_training_is_as_close_to_fp32_as_stock_is(attention: str) -> None:
+    config = tiny_config(num_nextn_predict_layers=0, seq_balance_coef=0.0)
+    model = build(config, attn_implementation=attention).train()
     stock = stock_twin(model).train()
     inputs = {"input_ids": tokens(4, 24), "labels": tokens(4, 24), "use_cache": False}
     model(**inputs).loss.backward()
@@ -144,6 +146,14 @@ def test_bf16_autocast_training_is_as_close_to_fp32_as_stock_is() -> None:
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         assert found[name].dtype == torch.float32
         assert (found[name] - exact[name]).norm() < 1.5 * (expected[name] - exact[name]).norm(), name
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "deepseek_v3"])
+def test_autocast_leaves_double_precision_alone(attention: str) -> None:
+    model = build(attn_implementation=attention).double()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(tokens(1, 6)).logits
+    assert relative_error(found, model(tokens(1, 6)).logits) < 1e-9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

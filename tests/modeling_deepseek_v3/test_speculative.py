@@ -1,5 +1,6 @@
 """Speculative decoding with MTP: it must write what plain `generate` writes, whatever the drafts are worth."""
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2
@@ -107,7 +108,7 @@ def test_greedy_text_is_that_of_plain_generate(models, number, modules, batch, p
         assert 0.2 < output.mtp_stats.acceptance[0] < 0.98
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "deepseek_v3"])
 @pytest.mark.parametrize("absorb", [True, False])
 def test_greedy_text_with_either_attention(models, implementation, absorb, monkeypatch):
     model, inputs = models[1], padded(3)
@@ -271,6 +272,16 @@ def test_after_saving_and_loading(models, tmp_path):
     assert torch.equal(output.sequences, expected.sequences) and output.mtp_stats == expected.mtp_stats
 
 
+def test_the_number_of_drafts_is_saved(tmp_path):
+    model = build(attn_implementation="sdpa")
+    model.generation_config.use_mtp, model.generation_config.num_mtp_draft = True, 3
+    model.save_pretrained(tmp_path)
+    loaded = DeepseekV3ForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    for each in (model, loaded):
+        output = each.generate(**padded(1), max_new_tokens=5, return_dict_in_generate=True, **GREEDY)
+        assert len(output.mtp_stats.drafted) == 3
+
+
 def test_scores_and_logits_are_those_of_plain_generate(models):
     model, inputs = models[1], padded(3)
     arguments = {
@@ -314,6 +325,11 @@ def test_other_ways_to_ask(models):
     assert torch.equal(model.generate(**inputs, generation_config=config), expected)
     output = model.generate(**inputs, generation_config=config, return_dict_in_generate=True)
     assert len(output.mtp_stats.drafted) == 2
+    for number, drafts in ((None, 1), (np.int64(2), 2)):  # None: as many as the model has modules
+        config = GenerationConfig(max_new_tokens=9, use_mtp=True, num_mtp_draft=number, **GREEDY)
+        output = model.generate(**inputs, generation_config=config, return_dict_in_generate=True)
+        assert len(output.mtp_stats.drafted) == drafts
+        assert len(speculate(model, inputs, number, max_new_tokens=9, **GREEDY).mtp_stats.drafted) == drafts
     assert torch.equal(
         speculate(model, inputs, 2, max_new_tokens=9, prefill_chunk_size=4, **GREEDY).sequences, expected
     )
@@ -334,6 +350,7 @@ def test_other_ways_to_ask(models):
         ({"use_cache": False}, "use_cache: found False"),
         ({"num_mtp_draft": 0}, "num_mtp_draft: found 0"),
         ({"num_mtp_draft": 1.5}, "num_mtp_draft: found 1.5"),
+        ({"num_mtp_draft": True}, "num_mtp_draft: found True"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens: found 3"),
         ({"guidance_scale": 2.0}, "guidance_scale: found 2.0"),
         ({"output_attentions": True}, "output_attentions: found True"),
@@ -355,6 +372,9 @@ def test_models_and_caches_it_cannot_use(models):
         model.generate(**arguments, past_key_values=StaticCache(config=model.config, max_cache_len=20))
     with pytest.raises(ValueError, match="num_nextn_predict_layers: found 0"):
         build(tiny_config(num_nextn_predict_layers=0)).generate(**arguments)
+    dynamic = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    with pytest.raises(ValueError, match="rope_type: found 'dynamic', with use_mtp=True allowed 'default'"):
+        build(tiny_config(rope_parameters=dynamic)).generate(**arguments)
     full = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True, **GREEDY).past_key_values
     with pytest.raises(ValueError, match="input_ids: found 9 tokens with 9 in past_key_values"):
         model.generate(**arguments, past_key_values=full)

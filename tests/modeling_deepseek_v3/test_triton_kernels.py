@@ -78,9 +78,11 @@ def test_a_training_step_equals_the_reference(dtype: torch.dtype, attention: str
     assert distance(found, exact) < 1.3 * distance(expected, exact) < 0.1
 
 
-def test_autocast_is_as_close_to_fp32_as_the_reference_is() -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "deepseek_v3"])
+def test_autocast_is_as_close_to_fp32_as_the_reference_is(attention: str) -> None:
     """Projections are bf16 there, the residual stream fp32: rounded in every layer, it would be twice as far."""
-    model = build(tiny_config(**SIZES | {"num_hidden_layers": 3, "num_nextn_predict_layers": 0})).to(DEVICE)
+    config = tiny_config(**SIZES | {"num_hidden_layers": 3, "num_nextn_predict_layers": 0})
+    model = build(config, attn_implementation=attention).to(DEVICE)
     ids = tokens(1, 12).to(DEVICE)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(30)  # a stream that is large beside what the layers add
