@@ -327,6 +327,12 @@ def _generate(args: argparse.Namespace) -> int:
     from . import DeepseekV3ForCausalLM
     from .tokenization import check_vocab, load_tokenizer
 
+    if not args.temperature >= 0:
+        raise ValueError(f"--temperature: found {args.temperature}, allowed is 0 (greedy) or more")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt: found what is not UTF-8 at character {error.start}, allowed is UTF-8") from error
     logging.disable_progress_bar()
     model = DeepseekV3ForCausalLM.from_pretrained(args.checkpoint).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -337,8 +343,11 @@ def _generate(args: argparse.Namespace) -> int:
         inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     else:
         inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
+    if not inputs["input_ids"].numel():
+        raise ValueError("prompt: found no tokens, allowed is one or more: the tokenizer adds no BOS to an empty text")
     torch.manual_seed(args.seed)
     options: dict[str, Any] = {"do_sample": args.temperature > 0, "max_new_tokens": args.max_new_tokens}
+    options["num_beams"] = 1  # whatever the folder's generation configuration says
     if args.temperature > 0:
         options |= {"temperature": args.temperature, "top_p": args.top_p}
     drafts = args.drafts if model.config.num_nextn_predict_layers else 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -338,6 +339,13 @@ def test_an_error_of_finetune_is_one_line(
         assert part in line
 
 
+def edited(checkpoint: Path, copy: Path, name: str, **values: object) -> Path:
+    """A copy of the folder with these values in one of its JSON files."""
+    file = Path(shutil.copytree(checkpoint, copy)) / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    return copy
+
+
 def generate(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[str, str]:
     assert cli.main(["generate", *arguments, "--max-new-tokens", "12"]) == 0
     printed = capsys.readouterr()
@@ -367,6 +375,33 @@ def test_generate_in_a_chat(checkpoints: dict[int, Path], capsys: pytest.Capture
     for model in map(str, checkpoints.values()):
         chat = generate(capsys, model, "abc", "--chat")[0]
         assert "abc" in chat and chat != generate(capsys, model, "abc")[0]
+
+
+def test_generate_is_greedy_whatever_the_folder_says(
+    checkpoints: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = str(edited(checkpoints[1], tmp_path / "model", "generation_config.json", num_beams=2))
+    for drafts in ("1", "0"):
+        arguments = ["abc def", "--drafts", drafts]
+        assert generate(capsys, model, *arguments) == generate(capsys, str(checkpoints[1]), *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["abc", "--temperature", "-1"], "--temperature: found -1.0, allowed is 0 (greedy) or more"),
+        (["abc", "--temperature", "nan"], "--temperature: found nan, allowed is 0 (greedy) or more"),
+        (["abc\udcff"], "prompt: found what is not UTF-8 at character 3, allowed is UTF-8"),
+        (["abc\udcff", "--chat"], "prompt: found what is not UTF-8 at character 3, allowed is UTF-8"),
+        ([""], "prompt: found no tokens, allowed is one or more: the tokenizer adds no BOS to an empty text"),
+    ],
+)
+def test_an_error_of_generate_is_one_line(
+    checkpoints: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], line: str
+) -> None:
+    model = edited(checkpoints[0], tmp_path / "model", "tokenizer_config.json", add_bos_token=False)
+    assert cli.main(["generate", str(model), *arguments]) == 1
+    assert capsys.readouterr().err == f"deepseek-v3: {line}\n"
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ class PackedWeight(nn.Module):
 
     It stands for `[out, in]`, or for the experts' `[E, out, in]`, where an expert's rows are those of its P
     projections (gate and up, or down), which are packed each for itself: the parts are `[E, P, ...]`. A module rather
-    than a tensor: the parts move, copy and pickle with the model. They follow it to another device, never to another
-    dtype.
+    than a tensor: the parts move, copy and pickle with the model (those in FP8 with `torch.save`: torch cannot read
+    back Python's own pickles of float8). They follow it to another device, never to another dtype.
 
     `dtype`: what the weight is dequantized to, and what its products are computed in.
     """

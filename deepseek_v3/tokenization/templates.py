@@ -23,6 +23,7 @@ from .chat_template import CHAT_TEMPLATE
 
 RENDER_SECONDS = 2  # of processor time, for one chat
 RENDER_BYTES = 2**28  # more than the process has when it starts
+_AT_A_LIMIT = (-9, -11, -24)  # status of a process that SIGKILL, SIGSEGV or SIGXCPU (absent on Windows) has ended
 # sha256 of published templates that were read: DeepSeek-V3 (of March 2025)
 _KNOWN = {"3a3036eeb96ca0e48565fc1f19b4d7d3fa17ada32bb1b3d5ed539ae74cf22923"}
 
@@ -41,7 +42,7 @@ def from_file(template: Any) -> Any:
 
 
 class _Renderer:
-    """The process, started at the first chat and again after a limit has ended it."""
+    """The process, started at the first chat and again after it has ended."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -49,7 +50,9 @@ class _Renderer:
         self._owner = 0
 
     def _running(self) -> subprocess.Popen:
-        if self._process is None or self._owner != os.getpid():  # a fork must not share the pipes
+        own = self._owner == os.getpid()  # a fork must not share the pipes
+        if self._process is None or not own or self._process.poll() is not None:
+            self.stop()
             script = Path(__file__).with_name("template_process.py")
             self._process = subprocess.Popen(
                 [sys.executable, "-P", script, str(RENDER_SECONDS), str(RENDER_BYTES)],  # -P: no modules from here
@@ -57,35 +60,45 @@ class _Renderer:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 encoding="utf-8",
+                start_new_session=True,  # an interruption is for the caller
             )
             self._owner = os.getpid()
         return self._process
 
     def render(self, arguments: dict[str, Any]) -> tuple[list[str], list]:
+        try:
+            request = json.dumps(arguments) + "\n"
+        except TypeError as error:
+            raise ValueError(f"chat_template: the folder's template takes JSON values only: {error}") from error
         with self._lock:
             process = self._running()
             assert process.stdin is not None and process.stdout is not None
             try:
-                process.stdin.write(json.dumps(arguments) + "\n")
+                process.stdin.write(request)
                 process.stdin.flush()
                 line = process.stdout.readline()
             except BrokenPipeError:
                 line = ""
-            if not line:
+            except BaseException:  # an answer that was not read would be taken for the next chat's
                 self.stop()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": "MemoryError"}
-        if answer.get("error") == "MemoryError":
-            limits = f"{RENDER_SECONDS} s or {RENDER_BYTES // 2**20} MiB"
-            raise ValueError(f"chat_template: the folder's template needs more than {limits} for a chat")
+                raise
+            if not line.endswith("\n"):
+                status = process.wait()
+                self.stop()
+                if status in _AT_A_LIMIT:
+                    limits = f"{RENDER_SECONDS} s or {RENDER_BYTES // 2**20} MiB"
+                    raise ValueError(f"chat_template: the folder's template needs more than {limits} for a chat")
+                raise ValueError(f"chat_template: the process for the folder's template ended with status {status}")
+        answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise ValueError(f"chat_template: the folder's template fails: {answer['error']}: {answer['message']}")
         return answer["result"]
 
     def stop(self) -> None:
-        if self._process is not None and self._owner == os.getpid():
-            self._process.kill()
-            self._process.communicate()
-        self._process = None
+        process, self._process = self._process, None
+        if process is not None and self._owner == os.getpid():
+            process.kill()
+            process.communicate()
 
 
 _RENDERER = _Renderer()
@@ -96,7 +109,7 @@ def render(*, conversations: Any, chat_template: str, tools: Any = None, **argum
     """As transformers' `render_jinja_template`; a `FileTemplate` in its own process.
 
     Raises:
-        ValueError: a `FileTemplate` fails, or needs more time or memory than a chat may.
+        ValueError: a `FileTemplate` fails, or needs more time or memory than a chat may, or is given what JSON lacks.
     """
     if not isinstance(chat_template, FileTemplate):
         return render_jinja_template(

@@ -1,7 +1,11 @@
 """Chat templates from a folder: sandboxed as in transformers, and with limited time and memory."""
 
+import datetime
 import json
 import os
+import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,13 +34,14 @@ BOMBS = {
     "centred": "{{ 'a' | center(10**10) }}",
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "power": "{{ 10 ** (10**9) }}",
+    "long answer": "{% for e in 'é' %}{{ e * 4 * 10**7 }}{% endfor %}",  # the text fits, its JSON does not
 }
 
 
-SLOW = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("doubling", "power", "centred"))) for name in BOMBS]
+SLOW = ("doubling", "power", "centred", "long answer")
 
 
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in BOMBS])
 def test_templates_that_need_too_much_are_stopped(name: str, folder, monkeypatch) -> None:
     monkeypatch.setattr(templates, "RENDER_SECONDS", 1)
     templates._RENDERER.stop()
@@ -141,3 +146,44 @@ def test_a_fork_has_its_own_process(folder) -> None:
     os.waitpid(pid, 0)
     assert os.read(reader, 10) == b"hi"
     assert tokenizer.apply_chat_template(CHAT, tokenize=False) == "hi"
+
+
+def echo(tokenizer: DeepseekV3Tokenizer, content: object) -> str:
+    return tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+
+
+def test_after_an_interruption_each_chat_gets_its_own_text(folder, monkeypatch) -> None:
+    tokenizer = with_template(folder, "{{ messages[0].content }}")
+    assert echo(tokenizer, "first") == "first"
+
+    def interrupt() -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(templates._RENDERER._process.stdout, "readline", interrupt)
+        echo(tokenizer, "second")
+    assert echo(tokenizer, "third") == "third"
+
+
+def test_a_process_that_was_ended_is_started_anew(folder) -> None:
+    tokenizer = with_template(folder, "{{ messages[0].content }}")
+    assert echo(tokenizer, "first") == "first"
+    pid = templates._RENDERER._process.pid
+    assert os.getsid(pid) != os.getsid(0)  # a terminal's Ctrl-C does not reach it
+    os.kill(pid, signal.SIGINT)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert echo(tokenizer, "second") == "second"
+
+
+def test_a_process_that_cannot_start_is_no_template_that_needs_too_much(folder, monkeypatch) -> None:
+    templates._RENDERER.stop()
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(ValueError, match="chat_template: the process for the folder's template ended with status 1"):
+        echo(with_template(folder, "{{ messages[0].content }}"), "first")
+
+
+def test_values_that_are_not_json_are_named(folder) -> None:
+    tokenizer = with_template(folder, "{{ messages[0].content }}")
+    with pytest.raises(ValueError, match="chat_template: .* JSON values only: Object of type date is not JSON"):
+        echo(tokenizer, datetime.date(2025, 1, 1))
+    assert echo(tokenizer, "next") == "next"
