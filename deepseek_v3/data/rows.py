@@ -122,7 +122,7 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    text = read_text(path).removeprefix("\ufeff")  # the mark that spreadsheets write
+    text = read_text(path)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of the whole process, 131,072 at first
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:

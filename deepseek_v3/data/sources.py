@@ -195,14 +195,14 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """The file's text, decompressed, line ends as they are.
+    """The file's text, decompressed, line ends as they are, without a byte order mark.
 
     Raises:
         ValueError: unreadable, or not UTF-8 (with the byte offset).
     """
     data = read_bytes(path)
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix("\ufeff")  # the mark that Windows' programs write
     except UnicodeDecodeError as error:
         found = data[error.start]
         raise ValueError(f"{path}: not UTF-8: byte 0x{found:02x} at byte offset {error.start}") from error

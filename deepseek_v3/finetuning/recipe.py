@@ -1,9 +1,9 @@
 """What a fine-tuning run is: one strict, flat recipe, read from YAML."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from ..recipe import YamlRecipe
+from ..recipe import YamlRecipe, as_number
 from .lora import TARGETS
 from .unfreezing import PRESETS, Unfreezing
 
@@ -120,11 +120,12 @@ class FinetuneRecipe(YamlRecipe):
         """The stages of progressive unfreezing. ValueError for a field that `Unfreezing` lacks or refuses."""
         if self.unfreezing is None:
             return None
-        known = list(Unfreezing.__dataclass_fields__)
+        known = [spec.name for spec in fields(Unfreezing)]
         if unknown := [str(name) for name in self.unfreezing if name not in known]:
             raise ValueError(f"recipe: unfreezing has {', '.join(unknown)}; allowed are {', '.join(known)}")
         try:
-            return Unfreezing(**self.unfreezing)
+            types = {spec.name: spec.type for spec in fields(Unfreezing)}
+            return Unfreezing(**{name: as_number(types[name], value) for name, value in self.unfreezing.items()})
         except ValueError as error:
             raise ValueError(f"recipe: {error}") from None
 

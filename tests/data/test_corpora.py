@@ -183,6 +183,13 @@ def test_folder_glob_and_compressed_files(tmp_path):
     assert len(load_corpus(moved / "a.jsonl.xz", text_field="body", heldout_fraction=0.2).train) > 8
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "one"}\n{"text": "two"}')
+    (tmp_path / "b.txt").write_text("\ufeffheld")
+    corpus = load_corpus(tmp_path / "a.jsonl", heldout=tmp_path / "b.txt")
+    assert [doc.text for doc in (*corpus.train, *corpus.heldout)] == ["one", "two", "held"]
+
+
 def test_line_separators_inside_a_json_string_do_not_end_the_line(tmp_path):
     text = "one\u2028two\x85three"
     (tmp_path / "a.jsonl").write_bytes((json.dumps({"text": text}, ensure_ascii=False) + "\n\n").encode())

@@ -44,6 +44,7 @@ def test_unfreezing_takes_the_fields_of_its_schedule() -> None:
     fields = {"first_layers": 2, "advance": "plateau", "layer_decay": 0.5, "stages": 3}
     assert FinetuneRecipe(**NEEDED, unfreezing=fields).schedule() == Unfreezing(**fields)
     assert FinetuneRecipe(**NEEDED, unfreezing={}).schedule() == Unfreezing()
+    assert FinetuneRecipe(**NEEDED, unfreezing={"layer_decay": "9e-1"}).schedule() == Unfreezing(layer_decay=0.9)
     assert FinetuneRecipe(**NEEDED).schedule() is None
 
 
