@@ -170,7 +170,7 @@ def test_a_process_that_was_ended_is_started_anew(folder) -> None:
     assert echo(tokenizer, "first") == "first"
     pid = templates._RENDERER._process.pid
     assert os.getsid(pid) != os.getsid(0)  # a terminal's Ctrl-C does not reach it
-    os.kill(pid, signal.SIGINT)
+    os.kill(pid, signal.SIGTERM)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert echo(tokenizer, "second") == "second"
 
